@@ -1,0 +1,2 @@
+//! Types shared by the kernel side and user space.
+#![no_std]

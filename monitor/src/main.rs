@@ -1,0 +1,2 @@
+//! kvm-monitor.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Lab guest init (to come).
+fn main() {}

@@ -1,0 +1,1 @@
+//! Test lab (to come).

@@ -1,0 +1,2 @@
+//! Automation (to come).
+fn main() {}
