@@ -1,0 +1,4 @@
+//! kvm-monitor.
+pub mod inventory;
+pub mod source;
+pub mod units;

@@ -1,0 +1,88 @@
+//! Finds the offsets of kernel structure fields in the running kernel's BTF.
+//!
+//! The only other place that knows kernel structures is `monitor-ebpf/src/kernel.rs`.
+
+use std::path::Path;
+
+use btf_rs::{Btf, Type};
+use monitor_ebpf::Layout;
+
+/// Why an offset could not be found.
+#[derive(Debug, thiserror::Error)]
+pub enum LayoutError {
+    /// BTF is absent or unreadable.
+    #[error("cannot read kernel type information (BTF)")]
+    Btf(#[from] btf_rs::Error),
+    /// This kernel has no such field.
+    #[error("this kernel has no {structure}.{field}")]
+    NoField {
+        /// The structure asked for.
+        structure: &'static str,
+        /// The path of the field within it.
+        field: &'static str,
+    },
+}
+
+/// Reads every offset the programs need.
+///
+/// # Errors
+/// If BTF cannot be parsed or a structure lacks a field; the message names it.
+pub fn resolve(btf_file: &Path) -> Result<Layout, LayoutError> {
+    let btf = Btf::from_file(btf_file)?;
+    let at = |structure, field| offset(&btf, structure, field);
+    Ok(Layout {
+        task_pid: at("task_struct", "pid")?,
+        task_on_cpu: at("task_struct", "on_cpu")?,
+        task_start_boottime: at("task_struct", "start_boottime")?,
+        task_sum_exec_runtime: at("task_struct", "se.sum_exec_runtime")?,
+        task_exec_start: at("task_struct", "se.exec_start")?,
+        task_cfs_rq: at("task_struct", "se.cfs_rq")?,
+        task_run_delay: at("task_struct", "sched_info.run_delay")?,
+        task_last_queued: at("task_struct", "sched_info.last_queued")?,
+        cfs_rq_rq: at("cfs_rq", "rq")?,
+        rq_clock: at("rq", "clock")?,
+        rq_clock_task: at("rq", "clock_task")?,
+    })
+}
+
+/// The byte offset of `field`, a path of member names joined by dots, inside `structure`.
+fn offset(btf: &Btf, structure: &'static str, field: &'static str) -> Result<u32, LayoutError> {
+    let missing = LayoutError::NoField { structure, field };
+    for found in btf.resolve_types_by_name(structure)? {
+        if let Some(bits) = path_bits(btf, found, field)? {
+            return Ok(bits / 8);
+        }
+    }
+    Err(missing)
+}
+
+/// The bit offset of a dotted path below `within`, looking into unnamed structures and unions.
+fn path_bits(btf: &Btf, within: Type, path: &str) -> Result<Option<u32>, btf_rs::Error> {
+    let (Type::Struct(members) | Type::Union(members)) = within else { return Ok(None) };
+    let (name, rest) = path.split_once('.').unwrap_or((path, ""));
+    for member in &members.members {
+        let member_name = btf.resolve_name(member)?;
+        let inner = match (member_name.as_str(), rest) {
+            (found, "") if found == name => return Ok(Some(member.bit_offset())),
+            (found, rest) if found == name => rest,
+            ("", _) => path,
+            _ => continue,
+        };
+        let of = skip_qualifiers(btf, btf.resolve_chained_type(member)?)?;
+        if let Some(bits) = path_bits(btf, of, inner)? {
+            return Ok(Some(member.bit_offset() + bits));
+        }
+    }
+    Ok(None)
+}
+
+fn skip_qualifiers(btf: &Btf, mut of: Type) -> Result<Type, btf_rs::Error> {
+    loop {
+        of = match of {
+            Type::Typedef(t) => btf.resolve_chained_type(&t)?,
+            Type::Const(t) => btf.resolve_chained_type(&t)?,
+            Type::Volatile(t) => btf.resolve_chained_type(&t)?,
+            other => return Ok(other),
+        };
+    }
+}

@@ -1,0 +1,78 @@
+//! BPF array maps in this process's memory: reading a value is a memory access, not a system call.
+
+use std::{
+    io,
+    marker::PhantomData,
+    os::fd::AsFd,
+    ptr::NonNull,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// A `BPF_F_MMAPABLE` array of `len` values of type `T`, shared with the kernel programs.
+///
+/// `T` is one of the plain types of `monitor_ebpf`: any bit pattern is a value, and the alignment is at most 8.
+#[derive(Debug)]
+pub(super) struct Mapped<T> {
+    base: NonNull<T>,
+    len: usize,
+    of: PhantomData<T>,
+}
+
+// SAFETY: the mapping belongs to the value and is accessed by volatile or atomic operations only.
+unsafe impl<T> Send for Mapped<T> {}
+
+impl<T: Copy> Mapped<T> {
+    /// Maps the array behind `fd`.
+    pub(super) fn new(fd: impl AsFd, len: usize) -> io::Result<Self> {
+        let bytes = len * size_of::<T>();
+        // SAFETY: a new mapping at an address the kernel chooses touches no memory in use.
+        let base = unsafe {
+            mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, 0)?
+        };
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
+        Ok(Self { base, len, of: PhantomData })
+    }
+
+    /// A copy of value `index`.
+    pub(super) fn get(&self, index: usize) -> T {
+        // SAFETY: `at` is inside the mapping; any bit pattern is a `T`.
+        unsafe { self.at(index).read_volatile() }
+    }
+
+    /// Replaces value `index`; for values the programs do not use at that moment.
+    pub(super) fn set(&self, index: usize, value: T) {
+        // SAFETY: `at` is inside the mapping.
+        unsafe { self.at(index).write_volatile(value) }
+    }
+
+    /// The 64-bit word `word` of value 0, for values that are arrays of words.
+    pub(super) fn word(&self, word: usize) -> &AtomicU64 {
+        assert!((word + 1) * 8 <= self.len * size_of::<T>(), "word {word} outside of the map");
+        // SAFETY: inside the mapping (checked), aligned (pages are), and only ever accessed atomically.
+        unsafe { AtomicU64::from_ptr(self.base.as_ptr().cast::<u64>().add(word)) }
+    }
+
+    fn at(&self, index: usize) -> *mut T {
+        assert!(index < self.len, "value {index} of {}", self.len);
+        // SAFETY: inside the mapping (checked).
+        unsafe { self.base.as_ptr().add(index) }
+    }
+}
+
+impl<T> Drop for Mapped<T> {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new` with this length; no reference outlives `self`.
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len * size_of::<T>()) };
+    }
+}
+
+/// Sets or clears one bit.
+pub(super) fn change_bit(word: &AtomicU64, bit: u32, on: bool) {
+    if on {
+        word.fetch_or(1 << bit, Ordering::Release);
+    } else {
+        word.fetch_and(!(1 << bit), Ordering::Release);
+    }
+}

@@ -1,0 +1,3 @@
+//! eBPF.
+pub mod layout;
+mod mapped;

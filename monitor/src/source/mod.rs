@@ -1,0 +1,3 @@
+//! Sources.
+#[cfg(feature = "ebpf")]
+pub mod ebpf;
