@@ -1,2 +1,76 @@
-//! Automation (to come).
-fn main() {}
+//! `cargo xtask`: sets up, builds, runs, demonstrates and tests kvm-monitor.
+//!
+//! Needs nothing but cargo to build. Each subcommand prepares what it needs by itself. Progress goes to stderr,
+//! results to stdout. Exit status: 0 done, 1 a test or check failed, 2 error.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for people at a terminal")]
+
+mod apt;
+mod build;
+mod demo;
+mod docs;
+mod ebpf;
+mod elf;
+mod kernel;
+mod lint;
+mod paths;
+mod process;
+mod report;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const HELP: &str = "\
+usage: cargo xtask SUBCOMMAND
+
+  setup                        find what is missing on this machine, say why, install it where possible
+  build-ebpf                   build the kernel probes; print the path of the object
+  build                        build kvm-monitor; print the path of the binary
+  run [-- ARGS]                build, then start `kvm-monitor run ARGS` (with sudo if need be)
+  demo [ARGS]                  profile a small guest whose workload is known
+  test [--unit-only|--live-only]
+                               lint, unit tests, and as root live tests with a real guest
+  lint                         formatting, clippy, documentation, generated documents
+  docs [--check]               write the generated parts of the documents, or check them
+
+KVM_MONITOR_BPF_ROUTE=rustup|distro   allow one way to a compiler for BPF only
+KVM_MONITOR_LAB_KERNEL=DIR            take the lab guest's kernel from DIR (boot/vmlinuz-*, lib/modules/*)";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match dispatch(&args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) if error.is::<lab::interrupt::Interrupted>() => {
+            eprintln!("{error:#}");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            for cause in error.chain().skip(1) {
+                eprintln!("  because: {cause}");
+            }
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Runs the subcommand; whether all its checks passed.
+fn dispatch(args: &[String]) -> Result<bool> {
+    let Some((subcommand, args)) = args.split_first() else { bail!("no subcommand\n{HELP}") };
+    match subcommand.as_str() {
+        "setup" => setup::run(args)?,
+        "build-ebpf" => build::run_ebpf(args)?,
+        "build" => build::run(args)?,
+        "run" => build::run_monitor(args)?,
+        "demo" => demo::run(args)?,
+        "test" => return test::run(args),
+        "lint" => return lint::run(args),
+        "docs" => docs::run(args)?,
+        "help" | "--help" | "-h" => println!("{HELP}"),
+        other => bail!("no subcommand `{other}`\n{HELP}"),
+    }
+    Ok(true)
+}
