@@ -115,7 +115,9 @@ fn followed(tid: u32) -> Option<&'static mut Thread> {
     for i in 0..TABLE_PROBES {
         if let Some(slot) = table_slot(table.0[(start + i) as usize % TABLE_ENTRIES], tid) {
             // SAFETY: a valid map value; at most one CPU switches a given thread at a time.
-            return unsafe { THREAD_SLOTS.get_ptr_mut(slot)?.as_mut() };
+            let thread = unsafe { THREAD_SLOTS.get_ptr_mut(slot)?.as_mut()? };
+            // The slot may just have been given to another thread.
+            return (thread.tid == tid).then_some(thread);
         }
     }
     None

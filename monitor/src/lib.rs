@@ -1,4 +1,52 @@
-//! kvm-monitor.
+//! kvm-monitor: what each VM of a host uses and suffers, seen from the host.
+//!
+//! # The way of a number
+//!
+//! `probe → map → sample → model → reconcile → sink`: the kernel programs (package `monitor-ebpf`) sum events in
+//! maps; once per tick each [`source`] is read into the [`sample::DomainSample`] of its domain, with the window
+//! it was read in; two reads give a rate with bounds ([`model`]); [`record`] defines the line that is written,
+//! with every source's number side by side; [`sink`] writes it.
+//!
+//! | Module | Does | Must not know |
+//! |---|---|---|
+//! | [`units`], [`metric`] | say what a number is; list every metric once | how sources work |
+//! | [`inventory`] | which domains exist and what belongs to them | metrics |
+//! | [`source`] | turns one source into values, or says why not | other sources, output |
+//! | [`tracker`] | merges the sources' domains, follows threads | time, output |
+//! | [`model`] | arithmetic on samples | I/O, clocks, JSON |
+//! | [`record`], [`sink`] | define the lines; write them | where numbers came from |
+//! | [`run`] | ticks, calls the above in order, stops cleanly | any metric by name |
+//! | [`host`] | facts of this machine and the rules that follow | sources |
+//!
+//! # Invariants
+//!
+//! Nothing here changes a guest, a domain or libvirt. A value that is not known is absent, never 0. All
+//! arithmetic is on `CLOCK_MONOTONIC`. A counter that goes backwards gives no rate. Every queue is bounded, and
+//! what is dropped is counted. Nothing stays attached after the process ends, however it ends.
+
+pub mod check;
+pub mod cli;
+pub mod host;
 pub mod inventory;
+pub mod list;
+pub mod metric;
+pub mod model;
+pub mod record;
+pub mod run;
+pub mod sample;
+pub mod sink;
 pub mod source;
+pub mod tracker;
 pub mod units;
+
+/// An error with its causes, joined in one line.
+#[must_use]
+pub fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        text = format!("{text}: {e}");
+        cause = e.source();
+    }
+    text.split('\n').map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
+}

@@ -1,2 +1,101 @@
-//! kvm-monitor.
-fn main() {}
+//! The program: parses the command line, sets up logs, calls the library, and turns errors into one line and an
+//! exit status: 0 done, 1 a comparison exceeded its limit, 2 error.
+
+use std::{io::Write as _, process::ExitCode};
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use monitor::{
+    check::check,
+    cli::{Cli, Command, Config, RunArgs, SchemaFormat},
+    list::list,
+    metric, record,
+    run::run,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    set_up_logs(cli.verbose);
+    match dispatch(cli.command) {
+        Ok(status) => status,
+        Err(error) => {
+            tracing::error!("{}", monitor::one_line(error.as_ref()));
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run(args) => stream(args),
+        Command::List(args) => {
+            let listing = list(&args)?;
+            if let Some(error) = &listing.libvirt_error {
+                tracing::warn!("{error}; listing what /proc shows");
+            }
+            print(&listing.text)
+        }
+        Command::Check(args) => {
+            let report = check(&args);
+            print(&report.text)?;
+            Ok(if report.usable { ExitCode::SUCCESS } else { ExitCode::from(2) })
+        }
+        Command::Schema(args) => match args.format {
+            SchemaFormat::Json => print(&format!("{:#}\n", record::schema().to_value())),
+            SchemaFormat::Markdown => print(&metric::markdown()),
+        },
+    }
+}
+
+fn stream(args: RunArgs) -> anyhow::Result<ExitCode> {
+    let config = Config::resolve(args)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    let result = runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+        let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
+        let shutdown = async move {
+            tokio::select! {
+                _ = interrupt.recv() => "SIGINT",
+                _ = terminate.recv() => "SIGTERM",
+                _ = hangup.recv() => "SIGHUP",
+            }
+        };
+        run(config, shutdown).await.map_err(anyhow::Error::from)
+    });
+    // A libvirt call that never returns must not keep the process.
+    runtime.shutdown_background();
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Writes to standard output; a closed pipe is success.
+fn print(text: &str) -> anyhow::Result<ExitCode> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Logs go to standard error; standard output is data only.
+fn set_up_logs(verbose: u8) {
+    let default = match verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("KVM_MONITOR_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
+        .without_time()
+        .init();
+}

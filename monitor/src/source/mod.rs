@@ -1,3 +1,9 @@
-//! Sources.
+//! The sources. Each turns one interface of the host into values, or says why it cannot.
+
 #[cfg(feature = "ebpf")]
 pub mod ebpf;
+#[cfg(not(feature = "ebpf"))]
+#[path = "ebpf_absent.rs"]
+pub mod ebpf;
+pub mod libvirt;
+pub mod procfs;

@@ -12,6 +12,9 @@ use monitor_ebpf::Layout;
 pub enum LayoutError {
     /// BTF is absent or unreadable.
     #[error("cannot read kernel type information (BTF)")]
+    Read(#[from] std::io::Error),
+    /// BTF is not understood.
+    #[error("cannot understand kernel type information (BTF)")]
     Btf(#[from] btf_rs::Error),
     /// This kernel has no such field.
     #[error("this kernel has no {structure}.{field}")]
@@ -28,7 +31,7 @@ pub enum LayoutError {
 /// # Errors
 /// If BTF cannot be parsed or a structure lacks a field; the message names it.
 pub fn resolve(btf_file: &Path) -> Result<Layout, LayoutError> {
-    let btf = Btf::from_file(btf_file)?;
+    let btf = Btf::from_bytes(&std::fs::read(btf_file)?)?;
     let at = |structure, field| offset(&btf, structure, field);
     Ok(Layout {
         task_pid: at("task_struct", "pid")?,

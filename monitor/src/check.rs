@@ -1,0 +1,116 @@
+//! `kvm-monitor check`: what this host can do, source by source and probe by probe; if not, why and what to do.
+
+use std::{fmt::Write as _, time::Duration};
+
+use crate::{
+    cli::{Mode, SourceArgs},
+    host::{Facts, release},
+    source::{ebpf::Ebpf, libvirt, procfs},
+    tracker::open_ebpf,
+};
+
+/// How long libvirt gets to answer.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// What was found.
+#[derive(Debug)]
+pub struct Report {
+    /// For a person, several lines.
+    pub text: String,
+    /// Everything asked for works, and at least one source does.
+    pub usable: bool,
+}
+
+/// Tries every source that is not switched off. Loads and attaches the kernel programs for a moment.
+#[must_use]
+pub fn check(args: &SourceArgs) -> Report {
+    let mut text = format!("kvm-monitor {} on kernel {}\n", env!("CARGO_PKG_VERSION"), release());
+    let ebpf = check_ebpf(&mut text, args.ebpf);
+    let libvirt = check_libvirt(&mut text, args);
+    let procfs = check_procfs(&mut text);
+    let required = |mode, works: bool| mode != Mode::Require || works;
+    Report {
+        usable: required(args.ebpf, ebpf) && required(args.libvirt, libvirt) && (ebpf || libvirt || procfs),
+        text,
+    }
+}
+
+fn line(text: &mut String, name: &str, works: Result<&str, &str>) {
+    let (mark, detail) = match works {
+        Ok(detail) => ("yes", detail),
+        Err(reason) => ("NO", reason),
+    };
+    let _ = writeln!(text, "{name:<22} {mark:<4} {detail}");
+}
+
+fn check_ebpf(text: &mut String, mode: Mode) -> bool {
+    if mode == Mode::Off {
+        line(text, "ebpf", Err("switched off by --ebpf off"));
+        return false;
+    }
+    match open_ebpf(&Facts::read()) {
+        Ok(ebpf) => {
+            line(text, "ebpf", Ok("kernel programs load and attach"));
+            probe_lines(text, &ebpf);
+            true
+        }
+        Err(reason) => {
+            line(text, "ebpf", Err(&reason));
+            false
+        }
+    }
+}
+
+fn probe_lines(text: &mut String, ebpf: &Ebpf) {
+    for (probe, state) in ebpf.states() {
+        let info = state.info(probe);
+        let name = format!("  {}", info.name);
+        match info.reason {
+            None => line(text, &name, Ok(probe.attach.describe())),
+            Some(reason) => line(text, &name, Err(&reason)),
+        }
+    }
+}
+
+fn check_libvirt(text: &mut String, args: &SourceArgs) -> bool {
+    if args.libvirt == Mode::Off {
+        line(text, "libvirt", Err("switched off by --libvirt off"));
+        return false;
+    }
+    match libvirt::snapshot(&args.connect, DEADLINE) {
+        Ok(answer) => {
+            let n = answer.domains.len();
+            let detail =
+                format!("{} answers, {n} domain{} running", args.connect, if n == 1 { "" } else { "s" });
+            line(text, "libvirt", Ok(&detail));
+            true
+        }
+        Err(error) => {
+            line(text, "libvirt", Err(&crate::one_line(&error)));
+            false
+        }
+    }
+}
+
+fn check_procfs(text: &mut String) -> bool {
+    let root = std::path::Path::new("/proc");
+    match procfs::Processes::new(root).look(1) {
+        Ok(found) => {
+            let n = found.started.len();
+            let detail = format!("{n} QEMU process{} visible", if n == 1 { "" } else { "es" });
+            line(text, "procfs", Ok(&detail));
+        }
+        Err(error) => {
+            line(text, "procfs", Err(&crate::one_line(&error)));
+            return false;
+        }
+    }
+    if !std::path::Path::new("/proc/self/schedstat").exists() {
+        line(
+            text,
+            "  schedstat",
+            Err("run and wait time of threads: the kernel was built without CONFIG_SCHED_INFO"),
+        );
+    }
+    true
+}

@@ -1,0 +1,289 @@
+//! Every metric, once: its name, unit, kind, sources in order of trust, and what it means.
+//!
+//! Records, schema, README table and reconciliation are loops over [`METRICS`]. Knows nothing of how a source
+//! works.
+
+use crate::units::{SourceKind, Unit};
+use Kind::{Counter, Gauge};
+use Scope::{Cpu, Disk, Interface, Memory, Vcpu};
+use SourceKind::{Ebpf, Libvirt, Procfs};
+use Unit::{Bytes, Count, Nanoseconds};
+
+/// What a metric belongs to; also its place in a `sample` record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// The domain's CPU time: `cpu`.
+    Cpu,
+    /// One vCPU: an element of `vcpus`.
+    Vcpu,
+    /// One network interface: an element of `interfaces`.
+    Interface,
+    /// One disk: an element of `disks`.
+    Disk,
+    /// The domain's memory: `memory`.
+    Memory,
+}
+
+impl Scope {
+    /// Every scope.
+    pub const ALL: [Self; 5] = [Cpu, Vcpu, Interface, Disk, Memory];
+
+    /// The key of the scope in a `sample` record.
+    #[must_use]
+    pub const fn key(self) -> &'static str {
+        match self {
+            Cpu => "cpu",
+            Vcpu => "vcpus",
+            Interface => "interfaces",
+            Disk => "disks",
+            Memory => "memory",
+        }
+    }
+
+    /// The rows of [`METRICS`] that belong to this scope; they stand together.
+    #[must_use]
+    pub const fn metrics(self) -> &'static [MetricDef] {
+        ROWS[self as usize]
+    }
+}
+
+/// The rows of each scope, in the order of [`Scope::ALL`].
+static ROWS: [&[MetricDef]; Scope::ALL.len()] =
+    [rows(Cpu), rows(Vcpu), rows(Interface), rows(Disk), rows(Memory)];
+
+const fn rows(scope: Scope) -> &'static [MetricDef] {
+    let (mut first, mut count, mut i) = (0, 0, METRICS.len());
+    while i > 0 {
+        i -= 1;
+        if METRICS[i].scope as u8 == scope as u8 {
+            first = i;
+            count += 1;
+        }
+    }
+    METRICS.split_at(first).1.split_at(count).0
+}
+
+/// Whether a number only grows or goes up and down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Cumulative; differences and rates make sense.
+    Counter,
+    /// A current value.
+    Gauge,
+}
+
+/// How often libvirt is asked while eBPF and `/proc` work (asking costs the guest: QEMU's main loop answers).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cadence {
+    /// Each libvirt read: libvirt answers without asking QEMU.
+    Fast,
+    /// Each slow libvirt read.
+    Slow,
+}
+
+/// One row of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct MetricDef {
+    /// Which metric.
+    pub metric: Metric,
+    /// What it belongs to.
+    pub scope: Scope,
+    /// Key in records; the unit is its suffix where it has one.
+    pub name: &'static str,
+    /// What the number counts.
+    pub unit: Unit,
+    /// Counter or gauge.
+    pub kind: Kind,
+    /// Sources that can have it, the most trusted first.
+    pub sources: &'static [SourceKind],
+    /// How often libvirt is asked for it beside eBPF.
+    pub libvirt: Cadence,
+    /// Meaning, and where each source takes it from.
+    pub help: &'static str,
+}
+
+macro_rules! metrics {
+    ($($metric:ident: $scope:ident, $name:literal, $unit:ident, $kind:ident, $sources:expr, $cadence:ident, $help:literal;)*) => {
+        /// Every metric, in the order of [`METRICS`].
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Metric {
+            $(#[doc = $help] $metric,)*
+        }
+
+        /// The table.
+        pub static METRICS: &[MetricDef] = &[
+            $(MetricDef {
+                metric: Metric::$metric,
+                scope: $scope,
+                name: $name,
+                unit: $unit,
+                kind: $kind,
+                sources: &$sources,
+                libvirt: Cadence::$cadence,
+                help: $help,
+            },)*
+        ];
+    };
+}
+
+metrics! {
+    CpuTime: Cpu, "time_ns", Nanoseconds, Counter, [Procfs, Libvirt], Slow,
+        "CPU time of the whole QEMU process. procfs: utime + stime of /proc/PID/stat (10 ms grain). libvirt: cpu.time.";
+    CpuUser: Cpu, "user_ns", Nanoseconds, Counter, [Procfs, Libvirt], Slow,
+        "Part of time_ns spent in user mode (guest mode included by the kernel's accounting). libvirt: cpu.user.";
+    CpuSystem: Cpu, "system_ns", Nanoseconds, Counter, [Procfs, Libvirt], Slow,
+        "Part of time_ns spent in the kernel. libvirt: cpu.system.";
+    CpuVcpuRun: Cpu, "vcpu_run_ns", Nanoseconds, Counter, [Ebpf, Procfs], Slow,
+        "Sum of run_ns over the vCPU threads.";
+    CpuVcpusOnline: Cpu, "vcpus_online", Count, Gauge, [Libvirt, Procfs], Slow,
+        "vCPUs online. procfs: vCPU threads. libvirt: vcpu.current.";
+    VcpuRun: Vcpu, "run_ns", Nanoseconds, Counter, [Ebpf, Procfs, Libvirt], Slow,
+        "Time the vCPU thread was on a CPU. ebpf: to the nanosecond, the run in progress included. procfs: schedstat, as of the last scheduler tick. libvirt: vcpu.N.time, 10 ms grain.";
+    VcpuWait: Vcpu, "wait_ns", Nanoseconds, Counter, [Ebpf, Procfs, Libvirt], Slow,
+        "Time the vCPU thread was runnable but not running. ebpf: the wait in progress included. procfs: schedstat run_delay, finished waits only. libvirt: vcpu.N.delay.";
+    InterfaceRxBytes: Interface, "rx_bytes", Bytes, Counter, [Libvirt], Fast,
+        "Bytes received by the guest. libvirt: net.N.rx.bytes.";
+    InterfaceRxPackets: Interface, "rx_packets", Count, Counter, [Libvirt], Fast,
+        "Packets received by the guest. libvirt: net.N.rx.pkts.";
+    InterfaceRxErrs: Interface, "rx_errs", Count, Counter, [Libvirt], Fast,
+        "Receive errors. libvirt: net.N.rx.errs.";
+    InterfaceRxDrop: Interface, "rx_drop", Count, Counter, [Libvirt], Fast,
+        "Packets for the guest that were dropped. libvirt: net.N.rx.drop.";
+    InterfaceTxBytes: Interface, "tx_bytes", Bytes, Counter, [Libvirt], Fast,
+        "Bytes sent by the guest. libvirt: net.N.tx.bytes.";
+    InterfaceTxPackets: Interface, "tx_packets", Count, Counter, [Libvirt], Fast,
+        "Packets sent by the guest. libvirt: net.N.tx.pkts.";
+    InterfaceTxErrs: Interface, "tx_errs", Count, Counter, [Libvirt], Fast,
+        "Send errors. libvirt: net.N.tx.errs.";
+    InterfaceTxDrop: Interface, "tx_drop", Count, Counter, [Libvirt], Fast,
+        "Packets from the guest that were dropped. libvirt: net.N.tx.drop.";
+    DiskRdReq: Disk, "rd_req", Count, Counter, [Libvirt], Slow,
+        "Read requests of the guest. libvirt: block.N.rd.reqs.";
+    DiskRdBytes: Disk, "rd_bytes", Bytes, Counter, [Libvirt], Slow,
+        "Bytes read by the guest. libvirt: block.N.rd.bytes.";
+    DiskRdTime: Disk, "rd_time_ns", Nanoseconds, Counter, [Libvirt], Slow,
+        "Time reads of the guest took, summed over requests. libvirt: block.N.rd.times.";
+    DiskWrReq: Disk, "wr_req", Count, Counter, [Libvirt], Slow,
+        "Write requests of the guest. libvirt: block.N.wr.reqs.";
+    DiskWrBytes: Disk, "wr_bytes", Bytes, Counter, [Libvirt], Slow,
+        "Bytes written by the guest. libvirt: block.N.wr.bytes.";
+    DiskWrTime: Disk, "wr_time_ns", Nanoseconds, Counter, [Libvirt], Slow,
+        "Time writes of the guest took, summed over requests. libvirt: block.N.wr.times.";
+    DiskFlReq: Disk, "fl_req", Count, Counter, [Libvirt], Slow,
+        "Flush requests of the guest. libvirt: block.N.fl.reqs.";
+    DiskFlTime: Disk, "fl_time_ns", Nanoseconds, Counter, [Libvirt], Slow,
+        "Time flushes of the guest took, summed over requests. libvirt: block.N.fl.times.";
+    DiskErrs: Disk, "errs", Count, Counter, [Libvirt], Slow,
+        "Failed requests, where the hypervisor counts them (QEMU does not). libvirt: block.N.errors.";
+    DiskCapacity: Disk, "capacity_bytes", Bytes, Gauge, [Libvirt], Slow,
+        "Size of the disk as the guest sees it. libvirt: block.N.capacity.";
+    DiskAllocation: Disk, "allocation_bytes", Bytes, Gauge, [Libvirt], Slow,
+        "Highest byte in use of the image. libvirt: block.N.allocation.";
+    DiskPhysical: Disk, "physical_bytes", Bytes, Gauge, [Libvirt], Slow,
+        "Size of the image file or device on the host. libvirt: block.N.physical.";
+    MemoryActual: Memory, "actual_bytes", Bytes, Gauge, [Libvirt], Slow,
+        "Memory the balloon leaves to the guest. libvirt: balloon.current.";
+    MemoryAvailable: Memory, "available_bytes", Bytes, Gauge, [Libvirt], Slow,
+        "Total memory as the guest's kernel sees it (MemTotal). libvirt: balloon.available.";
+    MemoryUnused: Memory, "unused_bytes", Bytes, Gauge, [Libvirt], Slow,
+        "Memory the guest left completely unused (MemFree). libvirt: balloon.unused.";
+    MemoryUsable: Memory, "usable_bytes", Bytes, Gauge, [Libvirt], Slow,
+        "Memory the guest could use without swapping (MemAvailable). libvirt: balloon.usable.";
+    MemorySwapIn: Memory, "swap_in_bytes", Bytes, Counter, [Libvirt], Slow,
+        "Bytes the guest swapped in. libvirt: balloon.swap_in.";
+    MemorySwapOut: Memory, "swap_out_bytes", Bytes, Counter, [Libvirt], Slow,
+        "Bytes the guest swapped out. libvirt: balloon.swap_out.";
+    MemoryMajorFaults: Memory, "major_faults", Count, Counter, [Libvirt], Slow,
+        "Page faults of the guest that read from disk. libvirt: balloon.major_fault.";
+    MemoryMinorFaults: Memory, "minor_faults", Count, Counter, [Libvirt], Slow,
+        "Page faults of the guest that did not. libvirt: balloon.minor_fault.";
+    MemoryDiskCaches: Memory, "disk_caches_bytes", Bytes, Gauge, [Libvirt], Slow,
+        "Memory of the guest that caches files and could be taken back. libvirt: balloon.disk_caches.";
+    MemoryHugetlbPgalloc: Memory, "hugetlb_pgalloc", Count, Counter, [Libvirt], Slow,
+        "Huge pages the guest allocated. libvirt: balloon.hugetlb_pgalloc.";
+    MemoryHugetlbPgfail: Memory, "hugetlb_pgfail", Count, Counter, [Libvirt], Slow,
+        "Huge pages the guest failed to allocate. libvirt: balloon.hugetlb_pgfail.";
+    MemoryRss: Memory, "rss_bytes", Bytes, Gauge, [Procfs, Libvirt], Slow,
+        "Resident memory of the QEMU process on the host. procfs: /proc/PID/statm. libvirt: balloon.rss.";
+}
+
+impl Metric {
+    /// The row of this metric.
+    #[must_use]
+    pub const fn def(self) -> &'static MetricDef {
+        &METRICS[self as usize]
+    }
+
+    /// Position among the metrics of its scope.
+    #[must_use]
+    pub const fn index_in_scope(self) -> usize {
+        self as usize - self.def().scope.metrics()[0].metric as usize
+    }
+}
+
+impl Unit {
+    /// Name in the schema and the metric table.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Nanoseconds => "ns",
+            Bytes => "bytes",
+            Count => "count",
+        }
+    }
+}
+
+/// The metric table as Markdown, for the README.
+#[must_use]
+pub fn markdown() -> String {
+    use std::fmt::Write as _;
+    let mut text = String::from(
+        "| in | metric | unit | kind | sources, best first | meaning |\n|---|---|---|---|---|---|\n",
+    );
+    for def in METRICS {
+        let sources: Vec<&str> = def.sources.iter().map(|s| s.name()).collect();
+        let kind = if def.kind == Counter { "counter" } else { "gauge" };
+        let _ = writeln!(
+            text,
+            "| `{}` | `{}` | {} | {kind} | {} | {} |",
+            def.scope.key(),
+            def.name,
+            def.unit.name(),
+            sources.join(", "),
+            def.help
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_stand_in_enum_order_and_scopes_together() {
+        for (i, def) in METRICS.iter().enumerate() {
+            assert_eq!(def.metric as usize, i, "{}", def.name);
+        }
+        let total: usize = Scope::ALL.iter().map(|s| s.metrics().len()).sum();
+        assert_eq!(total, METRICS.len(), "a scope's rows are not next to each other");
+        for scope in Scope::ALL {
+            for (i, def) in scope.metrics().iter().enumerate() {
+                assert_eq!((def.scope, def.metric.index_in_scope()), (scope, i), "{}", def.name);
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_unique_in_a_scope_and_carry_their_unit() {
+        for scope in Scope::ALL {
+            let mut seen = std::collections::HashSet::new();
+            for def in scope.metrics() {
+                assert!(seen.insert(def.name), "{} twice", def.name);
+                assert_eq!(def.name.ends_with("_ns"), def.unit == Nanoseconds, "{}", def.name);
+                assert_eq!(def.name.ends_with("_bytes"), def.unit == Bytes, "{}", def.name);
+                assert!(!def.sources.is_empty() && def.help.ends_with('.'), "{}", def.name);
+            }
+        }
+    }
+}

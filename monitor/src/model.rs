@@ -1,0 +1,73 @@
+//! From two reads to a rate. Pure arithmetic: no clock, no I/O, no names.
+
+use crate::units::Window;
+
+/// A rate per second with its bounds: the change happened in at least the time between the two reads and at
+/// most the time from the begin of the first to the end of the second.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rate {
+    /// The least it can have been.
+    pub low: f64,
+    /// With the time between the middles of the two windows.
+    pub mid: f64,
+    /// The most it can have been; infinite if the windows touch.
+    pub high: f64,
+}
+
+/// Why two readings give no rate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoRate {
+    /// The counter went backwards.
+    Backwards,
+    /// The second read is not after the first.
+    NoTime,
+}
+
+/// The rate of a counter that was `before` and is `now`.
+///
+/// # Errors
+/// If the counter went backwards or no time passed; never a clamped number.
+pub fn rate(before: (u64, Window), now: (u64, Window)) -> Result<Rate, NoRate> {
+    let change = now.0.checked_sub(before.0).ok_or(NoRate::Backwards)?;
+    let (w1, w2) = (before.1, now.1);
+    let longest = w2.end.since(w1.begin);
+    if longest == 0 || w2.begin < w1.begin {
+        return Err(NoRate::NoTime);
+    }
+    let shortest = w2.begin.since(w1.end);
+    let middle = longest.midpoint(shortest);
+    Ok(Rate {
+        low: per_second(change, longest),
+        mid: per_second(change, middle),
+        high: per_second(change, shortest),
+    })
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a rate is an approximate number; 53 bits are plenty")]
+fn per_second(change: u64, ns: u64) -> f64 {
+    change as f64 / (ns as f64 / 1e9)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::MonotonicNs;
+
+    const fn window(begin: u64, end: u64) -> Window {
+        Window { begin: MonotonicNs(begin), end: MonotonicNs(end) }
+    }
+
+    #[test]
+    fn a_rate_is_bounded_by_the_windows() {
+        let r = rate((100, window(0, 100_000_000)), (1_100, window(1_000_000_000, 1_100_000_000))).unwrap();
+        assert!((r.low - 1_000.0 / 1.1).abs() < 1e-9 && (r.mid - 1_000.0).abs() < 1e-9);
+        assert!((r.high - 1_000.0 / 0.9).abs() < 1e-9);
+    }
+
+    #[test]
+    fn backwards_or_no_time_is_no_rate() {
+        assert_eq!(rate((2, window(0, 1)), (1, window(5, 6))), Err(NoRate::Backwards));
+        assert_eq!(rate((1, window(5, 5)), (2, window(5, 5))), Err(NoRate::NoTime));
+        assert_eq!(rate((1, window(5, 6)), (2, window(1, 9))), Err(NoRate::NoTime));
+    }
+}

@@ -1,0 +1,479 @@
+//! The main job: ticks, calls sources and sink in order, stops cleanly.
+//!
+//! One task owns all state. libvirt answers when it does, on a thread of its own; a tick never waits for it.
+//! Knows no metric by name.
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::{
+    cli::{Config, Mode},
+    host::{self, Facts},
+    record::{
+        ClockPair, Domain, DomainName, DomainRecord, Event, EventKind, Health, Host, ProbeInfo,
+        ProgramHealth, Record, SCHEMA_VERSION, Sample, Session, SourceInfo, Summary, Tick, timestamp,
+    },
+    sink::{Ndjson, SinkEnd, SinkError},
+    source::{
+        ebpf::{self, Ebpf},
+        libvirt::{Connected, Groups, Libvirt, Update},
+    },
+    tracker::{Notice, Tracker, Wanted, open_ebpf},
+    units::{MonotonicNs, SourceKind, duration_ns, nanoseconds},
+};
+
+/// How long the first answer of libvirt is waited for before the stream begins.
+const FIRST_ANSWER: Duration = Duration::from_secs(3);
+/// Without an answer for so long, or for two libvirt intervals, libvirt counts as lost.
+const LIBVIRT_DEADLINE: Duration = Duration::from_secs(5);
+/// Time between looks for processes and threads that came or went.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+const HEALTH_INTERVAL: Duration = Duration::from_secs(60);
+/// How long the reader of the stream gets to take the last lines.
+const LAST_LINES: Duration = Duration::from_secs(2);
+
+/// Why `run` fails.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Asked for by name and impossible.
+    #[error("--ebpf require: kernel probes cannot run: {0}")]
+    EbpfRequired(String),
+    /// Asked for by name and impossible.
+    #[error("--libvirt require: {0}")]
+    LibvirtRequired(String),
+    /// No domain of that name or UUID.
+    #[error("no domain {0}; `kvm-monitor list` shows the domains there are")]
+    UnknownDomain(String),
+    /// The stream cannot be written.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+}
+
+/// Streams until `shutdown` says why to stop, the configured time is over, or the reader leaves.
+///
+/// # Errors
+/// If a required source cannot work, a domain asked for does not exist, or the stream cannot be written.
+pub async fn run(config: Config, shutdown: impl Future<Output = &'static str>) -> Result<(), RunError> {
+    let mut runner = Runner::start(config).await?;
+    let reason = match runner.until(shutdown).await {
+        End::Stop(reason) => reason,
+        End::Sink(SinkEnd::ReaderLeft) => return Ok(()),
+        End::Sink(SinkEnd::Failed(error)) => return Err(error.into()),
+    };
+    runner.last_lines(reason);
+    runner.sink.finish(LAST_LINES).await?;
+    Ok(())
+}
+
+enum End {
+    Stop(&'static str),
+    Sink(SinkEnd),
+}
+
+struct Runner {
+    config: Config,
+    tracker: Tracker,
+    libvirt: Option<LibvirtState>,
+    sink: Ndjson,
+    started: MonotonicNs,
+    last_tick: Option<MonotonicNs>,
+    looked: MonotonicNs,
+    ticks: u64,
+    ticks_missed: u64,
+    ebpf_lost: bool,
+}
+
+/// What is known of the connection to libvirt.
+struct LibvirtState {
+    source: Libvirt,
+    info: SourceInfo,
+    /// Whether the last we heard was good.
+    up: bool,
+    requested: Option<MonotonicNs>,
+    requested_slow: Option<MonotonicNs>,
+}
+
+impl Runner {
+    async fn start(config: Config) -> Result<Self, RunError> {
+        let facts = Facts::read();
+        let ebpf = match config.ebpf {
+            Mode::Off => Err("switched off by --ebpf off".to_owned()),
+            Mode::Auto | Mode::Require => open_ebpf(&facts),
+        };
+        if let (Mode::Require, Err(reason)) = (config.ebpf, &ebpf) {
+            return Err(RunError::EbpfRequired(reason.clone()));
+        }
+        let (ebpf, ebpf_reason) = match ebpf {
+            Ok(ebpf) => (Some(ebpf), None),
+            Err(reason) => (None, Some(reason)),
+        };
+        let session_probes = probe_states(ebpf.as_ref(), ebpf_reason.as_deref());
+        let wanted = Wanted::new(config.domains.clone());
+        let now = MonotonicNs::now();
+        let mut this = Self {
+            tracker: Tracker::new(PathBuf::from("/proc"), wanted.clone(), ebpf),
+            libvirt: (config.libvirt != Mode::Off).then(|| LibvirtState::start(&config.uri)),
+            sink: Ndjson::open(&config.output)?,
+            started: now,
+            last_tick: None,
+            looked: now,
+            ticks: 0,
+            ticks_missed: 0,
+            ebpf_lost: false,
+            config,
+        };
+        this.first_answer().await?;
+        this.tracker.look();
+        if let Some(unknown) = wanted.unknown(this.tracker.domains()).first() {
+            return Err(RunError::UnknownDomain(format!("{unknown:?}")));
+        }
+        this.write_session(ebpf_reason, session_probes);
+        this.write_notices();
+        Ok(this)
+    }
+
+    /// Waits for what libvirt says first.
+    async fn first_answer(&mut self) -> Result<(), RunError> {
+        let Some(libvirt) = &mut self.libvirt else { return Ok(()) };
+        let deadline = Instant::now() + FIRST_ANSWER;
+        loop {
+            let Ok(update) = tokio::time::timeout_at(deadline, libvirt.source.next()).await else {
+                libvirt
+                    .lost(format!("libvirt at {} did not answer within {FIRST_ANSWER:?}", self.config.uri));
+                break;
+            };
+            match update {
+                Update::Connected(connected) => {
+                    libvirt.connected(&connected);
+                    libvirt.request(Groups::all());
+                }
+                Update::Lost { reason } | Update::Failed { reason } => {
+                    libvirt.lost(reason);
+                    break;
+                }
+                Update::Sample(answer) => {
+                    self.tracker.take_libvirt(*answer);
+                    return Ok(());
+                }
+            }
+        }
+        match (&self.config.libvirt, &libvirt.info.reason) {
+            (Mode::Require, Some(reason)) => Err(RunError::LibvirtRequired(reason.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    async fn until(&mut self, shutdown: impl Future<Output = &'static str>) -> End {
+        let mut ticks = tokio::time::interval(self.config.interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut health = tokio::time::interval_at(Instant::now() + HEALTH_INTERVAL, HEALTH_INTERVAL);
+        let end = self.config.duration.map(|duration| Instant::now() + duration);
+        tokio::pin!(shutdown);
+        loop {
+            tokio::select! {
+                biased;
+                reason = &mut shutdown => return End::Stop(reason),
+                sink_end = self.sink.ended() => return End::Sink(sink_end),
+                _ = ticks.tick() => self.tick(),
+                update = next_update(&mut self.libvirt) => self.libvirt_says(update),
+                _ = health.tick() => self.write_health(),
+                () = sleep_until(end) => return End::Stop("the time given by --duration is over"),
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = MonotonicNs::now();
+        let interval_ns = self.last_tick.map_or(duration_ns(self.config.interval), |last| now.since(last));
+        self.count_tick(interval_ns);
+        self.last_tick = Some(now);
+        if now.since(self.looked) >= duration_ns(LOOK_INTERVAL) {
+            self.looked = now;
+            self.tracker.look();
+        }
+        self.tracker.read_ebpf();
+        self.watch_ebpf();
+        self.tracker.read_procfs();
+        self.ask_libvirt(now);
+        self.write_notices();
+        self.write_samples(Tick { wall: jiff::Timestamp::now(), mono: now, interval_ns });
+    }
+
+    fn count_tick(&mut self, interval_ns: u64) {
+        self.ticks += 1;
+        if self.last_tick.is_some() {
+            let due = duration_ns(self.config.interval);
+            // A tick that comes late by half an interval or more stands for those that were skipped.
+            self.ticks_missed += (interval_ns + due / 2) / due - 1;
+        }
+    }
+
+    /// Says once that the kernel programs cannot be read any more, and once that they can again.
+    fn watch_ebpf(&mut self) {
+        if self.tracker.ebpf().is_none() {
+            return;
+        }
+        let count = self.tracker.count(SourceKind::Ebpf).clone();
+        let lost = self.tracker.ebpf_failed();
+        if lost != std::mem::replace(&mut self.ebpf_lost, lost) {
+            let (kind, detail) = if lost {
+                (EventKind::SourceLost, format!("ebpf: {}", count.last_error.unwrap_or_default()))
+            } else {
+                (EventKind::SourceBack, "ebpf: reading works again".to_owned())
+            };
+            self.write_event(kind, &detail);
+        }
+    }
+
+    fn ask_libvirt(&mut self, now: MonotonicNs) {
+        let Some(libvirt) = &mut self.libvirt else { return };
+        let slow = if self.tracker.ebpf().is_some() {
+            self.config.libvirt_slow_interval
+        } else {
+            self.config.libvirt_interval
+        };
+        // A tick may come a little early; a quarter of an interval is not worth waiting a whole one.
+        let slack = duration_ns(self.config.interval) / 4;
+        let due = |last: Option<MonotonicNs>, every: Duration| {
+            last.is_none_or(|last| now.since(last) + slack >= duration_ns(every))
+        };
+        let deadline = LIBVIRT_DEADLINE.max(2 * self.config.libvirt_interval);
+        let late = libvirt.source.outstanding_since().filter(|at| now.since(*at) > duration_ns(deadline));
+        if late.is_some() && libvirt.up {
+            let reason = format!("libvirt did not answer for {deadline:?}");
+            libvirt.lost(reason.clone());
+            self.write_event(EventKind::SourceLost, &format!("libvirt: {reason}"));
+        } else if libvirt.source.is_connected() && due(libvirt.requested, self.config.libvirt_interval) {
+            let groups = if due(libvirt.requested_slow, slow) { Groups::all() } else { Groups::fast() };
+            if !libvirt.request(groups) {
+                self.tracker.count(SourceKind::Libvirt).lost += 1;
+            }
+        }
+    }
+
+    fn libvirt_says(&mut self, update: Update) {
+        let Some(libvirt) = &mut self.libvirt else { return };
+        let was_up = libvirt.up;
+        match update {
+            Update::Connected(connected) => {
+                libvirt.connected(&connected);
+                libvirt.request(Groups::all());
+            }
+            Update::Lost { reason } | Update::Failed { reason } => {
+                libvirt.lost(reason.clone());
+                let count = self.tracker.count(SourceKind::Libvirt);
+                count.errors += 1;
+                count.last_error = Some(reason.clone());
+                if was_up {
+                    self.write_event(EventKind::SourceLost, &format!("libvirt: {reason}"));
+                }
+            }
+            Update::Sample(answer) => {
+                libvirt.up = true;
+                if !was_up {
+                    self.write_event(EventKind::SourceBack, "libvirt: answers again");
+                }
+                self.tracker.take_libvirt(*answer);
+                self.write_notices();
+            }
+        }
+    }
+
+    fn write_session(&mut self, ebpf_reason: Option<String>, probes: Vec<ProbeInfo>) {
+        let wall = jiff::Timestamp::now();
+        let mono = MonotonicNs::now();
+        let off = |mode| (mode == Mode::Off).then(|| "switched off by --libvirt off".to_owned());
+        let libvirt = self.libvirt.as_ref().map_or_else(
+            || SourceInfo { available: false, reason: off(Mode::Off), details: BTreeMap::new() },
+            |libvirt| libvirt.info.clone(),
+        );
+        let ebpf =
+            SourceInfo { available: ebpf_reason.is_none(), reason: ebpf_reason, details: BTreeMap::new() };
+        let procfs = SourceInfo { available: true, reason: None, details: BTreeMap::new() };
+        let session = Session {
+            schema_version: SCHEMA_VERSION,
+            tool_version: env!("CARGO_PKG_VERSION"),
+            host: this_host(),
+            clock: ClockPair { arithmetic: "CLOCK_MONOTONIC", mono_ns: mono.0, ts: timestamp(wall) },
+            interval_ns: duration_ns(self.config.interval),
+            sources: [("ebpf", ebpf), ("libvirt", libvirt), ("procfs", procfs)].into(),
+            probes,
+        };
+        for (name, source) in &session.sources {
+            if let Some(reason) = source.reason.as_ref().filter(|r| !r.starts_with("switched off")) {
+                tracing::warn!(source = name, reason, "source not available, going on without it");
+            }
+        }
+        self.sink.write(&Record::Session(session));
+    }
+
+    fn write_notices(&mut self) {
+        for notice in self.tracker.notices() {
+            let (ts, mono_ns) = now();
+            match &notice {
+                Notice::Domain { change, reason, epoch, domain, since_ns } => {
+                    let domain = Domain::new(domain, since_ns.clone());
+                    let record = DomainRecord { ts, mono_ns, change: *change, reason, epoch: *epoch, domain };
+                    self.sink.write(&Record::Domain(record));
+                }
+                Notice::Event { kind, domain, detail } => {
+                    let domain = domain.as_ref().map(|(uuid, name)| DomainName { uuid: *uuid, name });
+                    self.sink.write(&Record::Event(Event { ts, mono_ns, kind: *kind, domain, detail }));
+                }
+            }
+        }
+    }
+
+    fn write_event(&mut self, kind: EventKind, detail: &str) {
+        let (ts, mono_ns) = now();
+        tracing::warn!(detail, "event");
+        self.sink.write(&Record::Event(Event { ts, mono_ns, kind, domain: None, detail }));
+    }
+
+    fn write_samples(&mut self, tick: Tick) {
+        for tracked in self.tracker.domains_mut() {
+            let sample = Sample::new(tick, tracked.subject());
+            self.sink.write(&Record::Sample(sample));
+            tracked.seq += 1;
+            tracked.sample.written();
+        }
+    }
+
+    fn write_health(&mut self) {
+        let (ts, mono_ns) = now();
+        let sources = SourceKind::ALL.map(|s| (s.name(), self.tracker.count(s).clone().into()));
+        let programs = self.tracker.ebpf().map(program_health).unwrap_or_default();
+        let health = Health {
+            ts,
+            mono_ns,
+            sources: sources.into(),
+            programs,
+            cpu_ns: own_cpu_ns(),
+            rss_bytes: own_rss_bytes(),
+        };
+        self.sink.write(&Record::Health(health));
+    }
+
+    fn last_lines(&mut self, reason: &'static str) {
+        self.write_notices();
+        self.write_health();
+        let summary = Summary {
+            ts: now().0,
+            reason,
+            records: self.sink.written().clone(),
+            ticks: self.ticks,
+            ticks_missed: self.ticks_missed,
+            records_dropped: self.sink.dropped(),
+            wall_ns: MonotonicNs::now().since(self.started),
+            cpu_ns: own_cpu_ns(),
+        };
+        self.sink.write(&Record::Summary(summary));
+    }
+}
+
+impl LibvirtState {
+    fn start(uri: &str) -> Self {
+        let details = [("uri", uri.to_owned())].into();
+        Self {
+            source: Libvirt::start(uri),
+            info: SourceInfo { available: false, reason: None, details },
+            up: false,
+            requested: None,
+            requested_slow: None,
+        }
+    }
+
+    fn connected(&mut self, connected: &Connected) {
+        self.up = true;
+        self.info.available = true;
+        self.info.reason = None;
+        let version = |v: Option<_>| v.map(|v: crate::source::libvirt::Version| v.to_string());
+        let details = [
+            ("uri", Some(connected.uri.clone())),
+            ("client_version", version(connected.client_version)),
+            ("library_version", version(connected.library_version)),
+            ("hypervisor", connected.hypervisor.clone()),
+        ];
+        self.info.details.extend(details.into_iter().filter_map(|(key, value)| Some((key, value?))));
+    }
+
+    fn lost(&mut self, reason: String) {
+        self.up = false;
+        self.info.available = false;
+        self.info.reason = Some(reason);
+    }
+
+    /// False if the answer before is still outstanding.
+    fn request(&mut self, groups: Groups) -> bool {
+        let now = MonotonicNs::now();
+        if self.source.request(groups).is_err() {
+            return false;
+        }
+        self.requested = Some(now);
+        if groups.contains(Groups::all()) {
+            self.requested_slow = Some(now);
+        }
+        true
+    }
+}
+
+async fn next_update(libvirt: &mut Option<LibvirtState>) -> Update {
+    match libvirt {
+        Some(libvirt) => libvirt.source.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(end: Option<Instant>) {
+    match end {
+        Some(end) => tokio::time::sleep_until(end).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn now() -> (String, u64) {
+    (timestamp(jiff::Timestamp::now()), MonotonicNs::now().0)
+}
+
+fn this_host() -> Host {
+    Host {
+        hostname: host::hostname(),
+        kernel: host::release(),
+        boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .ok()
+            .map(|id| id.trim().to_owned()),
+        cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        numa_nodes: host::numa_nodes(),
+        hz: rustix::param::clock_ticks_per_second(),
+    }
+}
+
+/// What became of each program; if none was loaded, the reason for all of them.
+fn probe_states(ebpf: Option<&Ebpf>, reason: Option<&str>) -> Vec<ProbeInfo> {
+    let Some(ebpf) = ebpf else {
+        let off = |probe: &ebpf::probes::Probe| ProbeInfo {
+            name: probe.program,
+            state: "off",
+            reason: reason.map(str::to_owned),
+        };
+        return ebpf::probes::PROBES.iter().map(off).collect();
+    };
+    ebpf.states().iter().map(|(probe, state)| state.info(probe)).collect()
+}
+
+fn program_health(ebpf: &Ebpf) -> BTreeMap<&'static str, ProgramHealth> {
+    let health = |run: ebpf::ProgramRuns| ProgramHealth { run_count: run.count, run_ns: run.ns };
+    ebpf.runs().into_iter().map(|(name, runs)| (name, health(runs))).collect()
+}
+
+fn own_cpu_ns() -> u64 {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    nanoseconds(t.tv_sec, t.tv_nsec)
+}
+
+fn own_rss_bytes() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    pages.checked_mul(u64::try_from(rustix::param::page_size()).ok()?)
+}

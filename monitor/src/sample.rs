@@ -1,0 +1,231 @@
+//! What the sources said of one domain: a dense table per entity, this read and the one before.
+//!
+//! Sources fill it with [`DomainSample::begin`] and `put`; `model` and `record` read it. Nothing here hashes or
+//! allocates once the entities are known.
+
+use crate::{
+    metric::{Cadence, Metric, Scope},
+    units::{Quantity, SourceKind, Window},
+};
+
+/// What is read at one moment. libvirt counts as two, since its dear groups are asked for less often.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadClass {
+    /// The kernel programs.
+    Ebpf,
+    /// `/proc` and `/sys`.
+    Procfs,
+    /// libvirt's cheap groups.
+    LibvirtFast,
+    /// libvirt's groups that ask QEMU.
+    LibvirtSlow,
+}
+
+impl ReadClass {
+    /// How many there are.
+    pub const COUNT: usize = 4;
+
+    /// Which read brings a metric from a source.
+    #[must_use]
+    pub const fn of(metric: Metric, source: SourceKind) -> Self {
+        match (source, metric.def().libvirt) {
+            (SourceKind::Ebpf, _) => Self::Ebpf,
+            (SourceKind::Procfs, _) => Self::Procfs,
+            (SourceKind::Libvirt, Cadence::Fast) => Self::LibvirtFast,
+            (SourceKind::Libvirt, Cadence::Slow) => Self::LibvirtSlow,
+        }
+    }
+}
+
+/// Values of one entity, by metric of its scope and by source: now and at the read before.
+#[derive(Clone, Debug)]
+pub struct Values {
+    scope: Scope,
+    cells: Box<[[Cell; SourceKind::COUNT]]>,
+}
+
+/// One number of one source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Cell {
+    now: Option<u64>,
+    before: Option<u64>,
+}
+
+impl Values {
+    /// No values yet.
+    #[must_use]
+    pub fn new(scope: Scope) -> Self {
+        Self { scope, cells: vec![[Cell::default(); SourceKind::COUNT]; scope.metrics().len()].into() }
+    }
+
+    /// What these are values of.
+    #[must_use]
+    pub fn scope(&self) -> Scope {
+        self.scope
+    }
+
+    /// Sets the value of a metric as a source gives it.
+    ///
+    /// # Panics
+    /// In debug builds, if the metric belongs to another scope, has another unit, or its row does not name the
+    /// source.
+    pub fn put<Q: Quantity>(&mut self, source: SourceKind, metric: Metric, value: Q) {
+        let def = metric.def();
+        debug_assert_eq!((def.scope, def.unit), (self.scope, Q::UNIT), "{}", def.name);
+        debug_assert!(def.sources.contains(&source), "{} from {}", def.name, source.name());
+        self.cells[metric.index_in_scope()][source as usize].now = Some(value.raw());
+    }
+
+    /// As [`Values::put`], nothing for `None`.
+    pub fn put_some<Q: Quantity>(&mut self, source: SourceKind, metric: Metric, value: Option<Q>) {
+        if let Some(value) = value {
+            self.put(source, metric, value);
+        }
+    }
+
+    /// The value at the last read.
+    #[must_use]
+    pub fn now(&self, source: SourceKind, metric: Metric) -> Option<u64> {
+        self.cells[metric.index_in_scope()][source as usize].now
+    }
+
+    /// The value at the read before.
+    #[must_use]
+    pub fn before(&self, source: SourceKind, metric: Metric) -> Option<u64> {
+        self.cells[metric.index_in_scope()][source as usize].before
+    }
+
+    fn shift(&mut self, class: ReadClass) {
+        for (def, cells) in self.scope.metrics().iter().zip(&mut self.cells) {
+            for source in SourceKind::ALL {
+                if ReadClass::of(def.metric, source) == class {
+                    let cell = &mut cells[source as usize];
+                    cell.before = cell.now.take();
+                }
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        self.cells.fill([Cell::default(); SourceKind::COUNT]);
+    }
+}
+
+/// The two last windows of one read class.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reads {
+    /// The last read.
+    pub now: Option<Window>,
+    /// The one before.
+    pub before: Option<Window>,
+    /// The last read has not been written out yet.
+    pub fresh: bool,
+}
+
+/// All values of one domain.
+#[derive(Clone, Debug)]
+pub struct DomainSample {
+    reads: [Reads; ReadClass::COUNT],
+    /// `cpu`.
+    pub cpu: Values,
+    /// `memory`.
+    pub memory: Values,
+    /// In the order of the domain's vCPUs.
+    pub vcpus: Vec<Values>,
+    /// In the order of the domain's interfaces.
+    pub interfaces: Vec<Values>,
+    /// In the order of the domain's disks.
+    pub disks: Vec<Values>,
+    /// Wall-clock second at which the guest last reported its memory (libvirt's `balloon.last-update`).
+    pub balloon_updated_s: Option<u64>,
+}
+
+impl DomainSample {
+    /// Nothing read yet, for a domain with so many entities.
+    #[must_use]
+    pub fn new(vcpus: usize, interfaces: usize, disks: usize) -> Self {
+        Self {
+            reads: [Reads::default(); ReadClass::COUNT],
+            cpu: Values::new(Scope::Cpu),
+            memory: Values::new(Scope::Memory),
+            vcpus: vec![Values::new(Scope::Vcpu); vcpus],
+            interfaces: vec![Values::new(Scope::Interface); interfaces],
+            disks: vec![Values::new(Scope::Disk); disks],
+            balloon_updated_s: None,
+        }
+    }
+
+    /// Begins a new read: what was now is before, and nothing is now until it is put.
+    pub fn begin(&mut self, class: ReadClass) {
+        self.each(|values| values.shift(class));
+        let reads = &mut self.reads[class as usize];
+        reads.before = reads.now.take();
+    }
+
+    /// Ends a read with the window it took.
+    pub fn end(&mut self, class: ReadClass, window: Window) {
+        let reads = &mut self.reads[class as usize];
+        reads.now = Some(window);
+        reads.fresh = true;
+    }
+
+    /// The windows of a class.
+    #[must_use]
+    pub fn reads(&self, class: ReadClass) -> Reads {
+        self.reads[class as usize]
+    }
+
+    /// Everything read so far has been written out.
+    pub fn written(&mut self) {
+        for reads in &mut self.reads {
+            reads.fresh = false;
+        }
+    }
+
+    /// Forgets all values: counters start anew (a new epoch).
+    pub fn clear(&mut self) {
+        self.each(Values::clear);
+        self.reads = [Reads::default(); ReadClass::COUNT];
+        self.balloon_updated_s = None;
+    }
+
+    fn each(&mut self, mut f: impl FnMut(&mut Values)) {
+        f(&mut self.cpu);
+        f(&mut self.memory);
+        self.vcpus.iter_mut().chain(&mut self.interfaces).chain(&mut self.disks).for_each(f);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{MonotonicNs, Nanos};
+
+    #[test]
+    fn a_read_moves_now_to_before_for_its_class_only() {
+        let mut sample = DomainSample::new(1, 0, 0);
+        for (run, class, source) in [
+            (10, ReadClass::Ebpf, SourceKind::Ebpf),
+            (8, ReadClass::Procfs, SourceKind::Procfs),
+            (20, ReadClass::Ebpf, SourceKind::Ebpf),
+        ] {
+            sample.begin(class);
+            sample.vcpus[0].put(source, Metric::VcpuRun, Nanos(run));
+            sample.end(class, Window { begin: MonotonicNs(run), end: MonotonicNs(run + 1) });
+        }
+        let vcpu = &sample.vcpus[0];
+        assert_eq!(vcpu.now(SourceKind::Ebpf, Metric::VcpuRun), Some(20));
+        assert_eq!(vcpu.before(SourceKind::Ebpf, Metric::VcpuRun), Some(10));
+        assert_eq!(vcpu.now(SourceKind::Procfs, Metric::VcpuRun), Some(8));
+        assert_eq!(vcpu.before(SourceKind::Procfs, Metric::VcpuRun), None);
+    }
+
+    #[test]
+    fn what_is_not_put_again_is_absent() {
+        let mut sample = DomainSample::new(1, 0, 0);
+        sample.begin(ReadClass::Ebpf);
+        sample.vcpus[0].put(SourceKind::Ebpf, Metric::VcpuRun, Nanos(1));
+        sample.begin(ReadClass::Ebpf);
+        assert_eq!(sample.vcpus[0].now(SourceKind::Ebpf, Metric::VcpuRun), None);
+    }
+}

@@ -1,0 +1,5 @@
+//! Where records go. A new kind of sink is a file here, a variant and an arm.
+
+pub mod ndjson;
+
+pub use ndjson::{Ndjson, SinkEnd, SinkError};

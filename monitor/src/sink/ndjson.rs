@@ -1,0 +1,278 @@
+//! Writes records as lines of JSON to standard output or a file, on a thread of its own, so that a slow reader
+//! never delays a tick.
+//!
+//! The queue is bounded in bytes. When it is full, lines are dropped and counted: `sample` lines first, the
+//! others only when the queue is twice as full. Lines are never cut in the middle by us.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
+
+use tokio::sync::oneshot;
+
+use crate::record::Record;
+
+/// Bytes that may wait for the reader of the stream.
+const QUEUE_BYTES: usize = 8 << 20;
+
+/// Why the stream cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum SinkError {
+    /// The output file cannot be made.
+    #[error("cannot write to {}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Writing failed.
+    #[error("cannot write the stream to {to}")]
+    Write {
+        /// File or standard output.
+        to: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The reader did not take the last lines in time.
+    #[error("the reader of {to} is too slow: the last {bytes} bytes of the stream were not written")]
+    Slow {
+        /// File or standard output.
+        to: String,
+        /// Bytes left.
+        bytes: usize,
+    },
+}
+
+/// How writing ended before we wanted it to.
+#[derive(Debug)]
+pub enum SinkEnd {
+    /// The reader closed the pipe: that is success.
+    ReaderLeft,
+    /// An error.
+    Failed(SinkError),
+}
+
+/// The sink.
+#[derive(Debug)]
+pub struct Ndjson {
+    to: String,
+    lines: Option<mpsc::Sender<Vec<u8>>>,
+    used: mpsc::Receiver<Vec<u8>>,
+    queued: Arc<AtomicUsize>,
+    ended: oneshot::Receiver<io::Result<()>>,
+    written: BTreeMap<&'static str, u64>,
+    dropped: u64,
+}
+
+impl Ndjson {
+    /// Opens the output, `-` for standard output, and starts the thread that writes.
+    ///
+    /// # Errors
+    /// If the file cannot be created.
+    pub fn open(output: &str) -> Result<Self, SinkError> {
+        if output == "-" {
+            return Ok(Self::start("standard output".to_owned(), io::stdout()));
+        }
+        let path = Path::new(output);
+        match File::create(path) {
+            Ok(file) => Ok(Self::start(output.to_owned(), file)),
+            Err(source) => Err(SinkError::Open { path: path.to_owned(), source }),
+        }
+    }
+
+    fn start(to: String, output: impl Write + Send + 'static) -> Self {
+        let (lines, incoming) = mpsc::channel::<Vec<u8>>();
+        let (give_back, used) = mpsc::channel();
+        let (end, ended) = oneshot::channel();
+        let queued = Arc::new(AtomicUsize::new(0));
+        let left = Arc::clone(&queued);
+        std::thread::spawn(move || {
+            let result = write_lines(output, &incoming, &give_back, &left);
+            let _ = end.send(result);
+        });
+        Self { to, lines: Some(lines), used, queued, ended, written: BTreeMap::new(), dropped: 0 }
+    }
+
+    /// Queues one line, or drops and counts it if the reader is too far behind.
+    pub fn write(&mut self, record: &Record<'_>) {
+        let limit = if matches!(record, Record::Sample(_)) { QUEUE_BYTES } else { 2 * QUEUE_BYTES };
+        if self.queued.load(Ordering::Relaxed) >= limit {
+            self.dropped += 1;
+            return;
+        }
+        let mut line = self.used.try_recv().unwrap_or_default();
+        line.clear();
+        if let Err(error) = serde_json::to_writer(&mut line, record) {
+            // Only a map key that is not text could fail, and there is none.
+            tracing::error!(%error, record = record.name(), "record not written");
+            self.dropped += 1;
+            return;
+        }
+        line.push(b'\n');
+        self.queued.fetch_add(line.len(), Ordering::Relaxed);
+        let sent = self.lines.as_ref().is_some_and(|lines| lines.send(line).is_ok());
+        if sent {
+            *self.written.entry(record.name()).or_default() += 1;
+        } else {
+            self.dropped += 1;
+        }
+    }
+
+    /// Lines queued so far, by type.
+    #[must_use]
+    pub fn written(&self) -> &BTreeMap<&'static str, u64> {
+        &self.written
+    }
+
+    /// Lines dropped so far.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// Waits until writing ends by itself: the reader left, or an error.
+    pub async fn ended(&mut self) -> SinkEnd {
+        match (&mut self.ended).await {
+            Ok(Err(source)) if source.kind() != io::ErrorKind::BrokenPipe => {
+                SinkEnd::Failed(SinkError::Write { to: self.to.clone(), source })
+            }
+            _ => SinkEnd::ReaderLeft,
+        }
+    }
+
+    /// Writes what is queued and closes the output.
+    ///
+    /// # Errors
+    /// If writing failed, or the reader does not take the rest within `patience`.
+    pub async fn finish(mut self, patience: Duration) -> Result<(), SinkError> {
+        self.lines = None;
+        match tokio::time::timeout(patience, self.ended()).await {
+            Ok(SinkEnd::Failed(error)) => Err(error),
+            Ok(SinkEnd::ReaderLeft) => Ok(()),
+            Err(_) => Err(SinkError::Slow { to: self.to, bytes: self.queued.load(Ordering::Relaxed) }),
+        }
+    }
+}
+
+fn write_lines(
+    mut output: impl Write,
+    lines: &mpsc::Receiver<Vec<u8>>,
+    give_back: &mpsc::Sender<Vec<u8>>,
+    queued: &AtomicUsize,
+) -> io::Result<()> {
+    let mut batch = Vec::new();
+    while let Ok(line) = lines.recv() {
+        batch.clear();
+        take(&mut batch, line, give_back);
+        while batch.len() < 1 << 16
+            && let Ok(line) = lines.try_recv()
+        {
+            take(&mut batch, line, give_back);
+        }
+        output.write_all(&batch)?;
+        output.flush()?;
+        queued.fetch_sub(batch.len(), Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+fn take(batch: &mut Vec<u8>, line: Vec<u8>, give_back: &mpsc::Sender<Vec<u8>>) {
+    batch.extend_from_slice(&line);
+    let _ = give_back.send(line);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{Event, EventKind};
+
+    fn event(detail: &str) -> Record<'_> {
+        Record::Event(Event {
+            ts: String::new(),
+            mono_ns: 1,
+            kind: EventKind::SourceLost,
+            domain: None,
+            detail,
+        })
+    }
+
+    struct Failing(io::ErrorKind);
+
+    impl Write for Failing {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    struct Stuck;
+
+    impl Write for Stuck {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            loop {
+                std::thread::park();
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn lines_are_whole_and_in_order_and_control_characters_are_escaped() {
+        let path = std::env::temp_dir().join(format!("kvm-monitor-sink-{}", std::process::id()));
+        let mut sink = Ndjson::open(path.to_str().unwrap()).unwrap();
+        for i in 0..1000 {
+            sink.write(&event(&format!("{i}\n\u{1b}[31m\"")));
+        }
+        assert_eq!(sink.written().get("event"), Some(&1000));
+        sink.finish(Duration::from_secs(60)).await.unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(text.lines().count(), 1000);
+        for (i, line) in text.lines().enumerate() {
+            let value: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!(value["detail"], format!("{i}\n\u{1b}[31m\""));
+            assert!(!line.contains('\u{1b}'));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_closed_pipe_is_success_and_a_full_disk_is_not() {
+        let mut pipe = Ndjson::start("x".into(), Failing(io::ErrorKind::BrokenPipe));
+        pipe.write(&event(""));
+        assert!(matches!(pipe.ended().await, SinkEnd::ReaderLeft));
+        let mut disk = Ndjson::start("x".into(), Failing(io::ErrorKind::StorageFull));
+        disk.write(&event(""));
+        assert!(matches!(disk.ended().await, SinkEnd::Failed(SinkError::Write { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_does_not_read_costs_bounded_memory_and_is_counted() {
+        let mut sink = Ndjson::start("x".into(), Stuck);
+        let long = "x".repeat(1 << 20);
+        for _ in 0..64 {
+            sink.write(&event(&long));
+        }
+        assert!(sink.dropped() > 0 && sink.queued.load(Ordering::Relaxed) < 2 * QUEUE_BYTES + (2 << 20));
+        assert_eq!(sink.dropped() + sink.written()["event"], 64);
+        let end = sink.finish(Duration::from_millis(10)).await;
+        assert!(matches!(end, Err(SinkError::Slow { .. })));
+    }
+}

@@ -1,0 +1,104 @@
+//! The list of kernel programs: what each hangs on, and what it is for.
+//!
+//! A row here, the program in `monitor-ebpf`, and the counter it fills are all it takes to add one; a test holds
+//! the list against the object.
+
+use crate::record::ProbeInfo;
+
+/// Group of probes that `--probes` switches on or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ProbeGroup {
+    /// vCPU scheduling.
+    Sched,
+}
+
+/// What a program hangs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attach {
+    /// A tracepoint of the kernel image, by BTF (`tp_btf`).
+    BtfTracepoint(&'static str),
+    /// An iterator over kernel objects, run when user space asks.
+    Iterator(&'static str),
+    /// Nothing: user space runs it (`BPF_PROG_TEST_RUN` of a raw tracepoint program, Linux 5.10).
+    OnRequest,
+}
+
+impl Attach {
+    /// In words.
+    #[must_use]
+    pub const fn describe(self) -> &'static str {
+        match self {
+            Self::BtfTracepoint(_) => "attached to a kernel tracepoint by BTF (tp_btf)",
+            Self::Iterator(_) => "runs when new threads are followed (BPF iterator)",
+            Self::OnRequest => "runs once per tick (BPF_PROG_TEST_RUN)",
+        }
+    }
+}
+
+/// What is lost without the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Its group measures nothing without it.
+    Required,
+    /// Something is measured less well; the text says what.
+    Optional(&'static str),
+}
+
+/// One row.
+#[derive(Clone, Copy, Debug)]
+pub struct Probe {
+    /// Name of the program in the object.
+    pub program: &'static str,
+    /// What it hangs on.
+    pub attach: Attach,
+    /// The group it belongs to.
+    pub group: ProbeGroup,
+    /// What is lost without it.
+    pub need: Need,
+}
+
+/// Every program.
+pub const PROBES: &[Probe] = &[
+    Probe {
+        program: "sched_switch",
+        attach: Attach::BtfTracepoint("sched_switch"),
+        group: ProbeGroup::Sched,
+        need: Need::Required,
+    },
+    Probe {
+        program: "read_threads",
+        attach: Attach::OnRequest,
+        group: ProbeGroup::Sched,
+        need: Need::Required,
+    },
+    Probe {
+        program: "seed_threads",
+        attach: Attach::Iterator("task"),
+        group: ProbeGroup::Sched,
+        need: Need::Optional("a thread that never leaves its CPU is not seen until it does"),
+    },
+];
+
+/// What became of one program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ProbeState {
+    /// Loaded, and attached where it hangs on something.
+    Attached,
+    /// Refused; the reason.
+    Failed(String),
+}
+
+impl ProbeState {
+    /// As it stands in the stream.
+    #[must_use]
+    pub fn info(&self, probe: &Probe) -> ProbeInfo {
+        let (state, reason) = match (self, probe.need) {
+            (Self::Attached, _) => ("attached", None),
+            (Self::Failed(why), Need::Optional(lost)) => {
+                ("failed", Some(format!("{why}; without it, {lost}")))
+            }
+            (Self::Failed(why), Need::Required) => ("failed", Some(why.clone())),
+        };
+        ProbeInfo { name: probe.program, state, reason }
+    }
+}

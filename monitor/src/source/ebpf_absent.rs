@@ -1,0 +1,99 @@
+//! Stands in for the eBPF source in builds without it (feature `ebpf` off): the same names, and no value.
+
+#[path = "ebpf/probes.rs"]
+pub mod probes;
+
+use crate::units::{Tid, Window};
+
+/// Why kernel programs cannot run.
+#[derive(Debug, thiserror::Error)]
+#[error("this program was built without kernel probes")]
+pub struct EbpfError;
+
+/// No more threads can be followed.
+#[derive(Debug, thiserror::Error)]
+#[error("this program was built without kernel probes")]
+pub struct Full;
+
+/// There is none.
+#[derive(Debug)]
+pub enum Ebpf {}
+
+/// There is none.
+#[derive(Debug)]
+pub enum Slot {}
+
+/// Runs of a program.
+#[derive(Clone, Copy, Debug)]
+pub struct ProgramRuns {
+    /// How often.
+    pub count: u64,
+    /// How long, nanoseconds.
+    pub ns: u64,
+}
+
+/// Figures of one thread, nanoseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct ThreadTimes {
+    /// On a CPU.
+    pub run_ns: u64,
+    /// Runnable, but not running.
+    pub wait_ns: u64,
+}
+
+impl Ebpf {
+    /// Never succeeds.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn open() -> Result<Self, EbpfError> {
+        Err(EbpfError)
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn states(&self) -> &[(probes::Probe, probes::ProbeState)] {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn runs(&self) -> Vec<(&'static str, ProgramRuns)> {
+        match *self {}
+    }
+
+    /// None exists.
+    ///
+    /// # Errors
+    /// None.
+    pub fn follow(&mut self, _: Tid) -> Result<Slot, Full> {
+        match *self {}
+    }
+
+    /// None exists.
+    pub fn forget(&mut self, _: Slot) {
+        match *self {}
+    }
+
+    /// None exists.
+    ///
+    /// # Errors
+    /// None.
+    pub fn seed(&mut self) -> Result<(), EbpfError> {
+        match *self {}
+    }
+
+    /// None exists.
+    ///
+    /// # Errors
+    /// None.
+    pub fn read(&mut self) -> Result<Window, EbpfError> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn times(&self, _: &Slot) -> Option<ThreadTimes> {
+        match *self {}
+    }
+}

@@ -1,0 +1,311 @@
+//! The few libvirt calls used, each behind a small safe function. Every one of them may block for as long as the
+//! daemon likes, so only the worker's thread comes here.
+//!
+//! The wrapper of the crate `virt` leaks the records of `virConnectGetAllDomainStats` and panics where a reference
+//! cannot be dropped, so this module calls the C functions itself. The connection is read-only.
+
+use std::{
+    ffi::{CStr, CString, c_char},
+    fmt, ptr, slice,
+    sync::Once,
+};
+
+use virt::sys;
+
+use super::{
+    error::{CallError, LibvirtError},
+    stats::{Builder, DeviceMark, DomainStats, Value},
+};
+use crate::units::DomainUuid;
+
+/// Which groups of values a collection reads (`virDomainStatsTypes`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Groups(u32);
+
+impl Groups {
+    /// State of the domain; does not involve QEMU.
+    pub const STATE: Self = Self(sys::VIR_DOMAIN_STATS_STATE);
+    /// CPU time of the process.
+    pub const CPU_TOTAL: Self = Self(sys::VIR_DOMAIN_STATS_CPU_TOTAL);
+    /// Memory; asks QEMU.
+    pub const BALLOON: Self = Self(sys::VIR_DOMAIN_STATS_BALLOON);
+    /// vCPUs; asks QEMU.
+    pub const VCPU: Self = Self(sys::VIR_DOMAIN_STATS_VCPU);
+    /// Network interfaces; does not involve QEMU.
+    pub const INTERFACE: Self = Self(sys::VIR_DOMAIN_STATS_INTERFACE);
+    /// Disks; asks QEMU.
+    pub const BLOCK: Self = Self(sys::VIR_DOMAIN_STATS_BLOCK);
+
+    /// What libvirt tells without asking QEMU, so that guests do not pay for it.
+    #[must_use]
+    pub const fn fast() -> Self {
+        Self::STATE.and(Self::INTERFACE)
+    }
+
+    /// Everything this program reads; iothreads are left out, they tell nothing but polling parameters.
+    #[must_use]
+    pub const fn all() -> Self {
+        Self::fast().and(Self::CPU_TOTAL).and(Self::VCPU).and(Self::BALLOON).and(Self::BLOCK)
+    }
+
+    /// These groups and those.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether all of `other` are among these.
+    #[must_use]
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// A version of libvirt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// First part.
+    pub major: u64,
+    /// Second part.
+    pub minor: u64,
+    /// Third part.
+    pub release: u64,
+}
+
+impl Version {
+    /// libvirt packs them as `1000000 × major + 1000 × minor + release`.
+    const fn unpack(packed: u64) -> Self {
+        Self { major: packed / 1_000_000, minor: packed / 1000 % 1000, release: packed % 1000 }
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.release)
+    }
+}
+
+/// Whom the connection reached. The hypervisor's version is not asked for: `virConnectGetVersion` can make libvirtd probe
+/// its QEMU binary, and took 4 s with libvirt 9.0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connected {
+    /// URI as libvirt resolved it.
+    pub uri: String,
+    /// Version of the library in this process.
+    pub client_version: Option<Version>,
+    /// Version of the daemon's library.
+    pub library_version: Option<Version>,
+    /// Driver, for example `QEMU` or `TEST`.
+    pub hypervisor: Option<String>,
+}
+
+/// An open read-only connection.
+pub(super) struct Connection {
+    raw: sys::virConnectPtr,
+}
+
+impl Connection {
+    pub(super) fn open_read_only(uri: &str) -> Result<Self, LibvirtError> {
+        silence_libvirt();
+        let name = CString::new(uri).map_err(|_| LibvirtError::Uri { uri: uri.to_owned() })?;
+        // SAFETY: `name` is a NUL-terminated string that lives over the call, which keeps no reference to it.
+        let raw = unsafe { sys::virConnectOpenReadOnly(name.as_ptr()) };
+        if raw.is_null() {
+            return Err(LibvirtError::Open { uri: uri.to_owned(), source: CallError::last() });
+        }
+        Ok(Self { raw })
+    }
+
+    /// Whether the connection can carry a call. True only says that no failure was noticed yet.
+    pub(super) fn is_alive(&self) -> bool {
+        // SAFETY: `raw` is an open connection.
+        unsafe { sys::virConnectIsAlive(self.raw) == 1 }
+    }
+
+    /// Whom it reached; what cannot be told is absent.
+    pub(super) fn describe(&self, asked: &str) -> Connected {
+        // SAFETY: `raw` is an open connection; the text is allocated for the caller, `take_text` frees it.
+        let uri = take_text(unsafe { sys::virConnectGetURI(self.raw) });
+        // SAFETY: `raw` is an open connection; the text is static in the driver.
+        let hypervisor = copy_text(unsafe { sys::virConnectGetType(self.raw) });
+        // SAFETY: the first argument is writable; null for the others is allowed ("the library's version only").
+        let client = read_version(|v| unsafe { sys::virGetVersion(v, ptr::null(), ptr::null_mut()) });
+        // SAFETY: `raw` is an open connection and the number is writable.
+        let library = read_version(|v| unsafe { sys::virConnectGetLibVersion(self.raw, v) });
+        Connected {
+            uri: uri.unwrap_or_else(|| asked.to_owned()),
+            client_version: client,
+            library_version: library,
+            hypervisor,
+        }
+    }
+
+    /// All active domains, transient and persistent; a domain that is busy with a job is not waited for.
+    pub(super) fn all_domain_stats(&self, groups: Groups) -> Result<Records<'_>, LibvirtError> {
+        const FLAGS: u32 =
+            sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
+        let mut list = ptr::null_mut();
+        // SAFETY: `raw` is an open connection; `list` receives an array that `Records` frees.
+        let count = unsafe { sys::virConnectGetAllDomainStats(self.raw, groups.0, &raw mut list, FLAGS) };
+        match usize::try_from(count) {
+            Ok(count) => Ok(Records { list, count, _connection: self }),
+            Err(_) => Err(call_error("virConnectGetAllDomainStats")),
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // SAFETY: this is the only reference, and nothing borrowed from it is left. A failure leaves nothing to do.
+        unsafe { sys::virConnectClose(self.raw) };
+    }
+}
+
+/// The records of one bulk call.
+pub(super) struct Records<'c> {
+    list: *mut sys::virDomainStatsRecordPtr,
+    count: usize,
+    _connection: &'c Connection,
+}
+
+impl Records<'_> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = Record<'_>> {
+        let records: &[sys::virDomainStatsRecordPtr] = if self.list.is_null() {
+            &[]
+        } else {
+            // SAFETY: the call returned `count` records at `list`; they stay until `self` is dropped.
+            unsafe { slice::from_raw_parts(self.list, self.count) }
+        };
+        // SAFETY: each entry points at a record that lives as long as the list.
+        records.iter().map(|record| Record { raw: unsafe { &**record } })
+    }
+}
+
+impl Drop for Records<'_> {
+    fn drop(&mut self) {
+        if !self.list.is_null() {
+            // SAFETY: the list comes from `virConnectGetAllDomainStats` and is freed once; it ends with a null entry.
+            unsafe { sys::virDomainStatsRecordListFree(self.list) };
+        }
+    }
+}
+
+/// The record of one domain.
+pub(super) struct Record<'r> {
+    raw: &'r sys::_virDomainStatsRecord,
+}
+
+impl Record<'_> {
+    pub(super) fn uuid(&self) -> Result<DomainUuid, LibvirtError> {
+        let mut bytes = [0_u8; 16];
+        // SAFETY: the record holds a reference to its domain; the buffer has VIR_UUID_BUFLEN bytes.
+        let result = unsafe { sys::virDomainGetUUID(self.raw.dom, bytes.as_mut_ptr()) };
+        if result == 0 { Ok(DomainUuid(bytes)) } else { Err(call_error("virDomainGetUUID")) }
+    }
+
+    /// The id of this run, absent once the domain stopped.
+    pub(super) fn id(&self) -> Option<u32> {
+        // SAFETY: the record holds a reference to its domain.
+        let id = unsafe { sys::virDomainGetID(self.raw.dom) };
+        (id != u32::MAX).then_some(id)
+    }
+
+    /// The live XML; `Ok(None)` if the domain vanished meanwhile.
+    pub(super) fn xml(&self) -> Result<Option<String>, LibvirtError> {
+        // SAFETY: the record holds a reference to its domain; the text is allocated for the caller.
+        let text = take_text(unsafe { sys::virDomainGetXMLDesc(self.raw.dom, 0) });
+        match text {
+            Some(text) => Ok(Some(text)),
+            None => match CallError::last() {
+                gone if gone.code == sys::VIR_ERR_NO_DOMAIN => Ok(None),
+                source => Err(LibvirtError::Call { call: "virDomainGetXMLDesc", source }),
+            },
+        }
+    }
+
+    /// Its values, and a mark of the devices they tell of.
+    pub(super) fn stats(&self, uuid: DomainUuid) -> (DomainStats, DeviceMark) {
+        let mut builder = Builder::new(uuid);
+        for parameter in self.parameters() {
+            if let Some(name) = text_in(&parameter.field) {
+                builder.put(name, value_of(parameter));
+            }
+        }
+        let (mut stats, mark) = builder.finish();
+        stats.id = self.id();
+        (stats, mark)
+    }
+
+    fn parameters(&self) -> &[sys::virTypedParameter] {
+        match usize::try_from(self.raw.nparams) {
+            // SAFETY: libvirt says that `nparams` parameters are at `params`; they live as long as the record.
+            Ok(count) if !self.raw.params.is_null() => unsafe {
+                slice::from_raw_parts(self.raw.params, count)
+            },
+            _ => &[],
+        }
+    }
+}
+
+fn value_of(parameter: &sys::virTypedParameter) -> Value<'_> {
+    let value = &parameter.value;
+    match u32::try_from(parameter.type_) {
+        // SAFETY: the type says which member of the union libvirt wrote.
+        Ok(sys::VIR_TYPED_PARAM_INT) => Value::Signed(unsafe { value.i }.into()),
+        // SAFETY: as above.
+        Ok(sys::VIR_TYPED_PARAM_UINT) => Value::Unsigned(unsafe { value.ui }.into()),
+        // SAFETY: as above.
+        Ok(sys::VIR_TYPED_PARAM_LLONG) => Value::Signed(unsafe { value.l }),
+        // SAFETY: as above.
+        Ok(sys::VIR_TYPED_PARAM_ULLONG) => Value::Unsigned(unsafe { value.ul }),
+        // SAFETY: as above.
+        Ok(sys::VIR_TYPED_PARAM_STRING) => text_value(unsafe { value.s }),
+        _ => Value::Other,
+    }
+}
+
+fn text_value<'a>(text: *const c_char) -> Value<'a> {
+    if text.is_null() {
+        return Value::Other;
+    }
+    // SAFETY: libvirt hands out NUL-terminated text that lives as long as the parameter borrowed by the caller.
+    unsafe { CStr::from_ptr(text) }.to_str().map_or(Value::Other, Value::Text)
+}
+
+/// The text in a fixed field, up to its NUL.
+fn text_in(field: &[c_char]) -> Option<&str> {
+    // SAFETY: `c_char` and `u8` have the same size and every bit pattern is valid for both.
+    let bytes = unsafe { slice::from_raw_parts(field.as_ptr().cast::<u8>(), field.len()) };
+    CStr::from_bytes_until_nul(bytes).ok()?.to_str().ok()
+}
+
+fn copy_text(text: *const c_char) -> Option<String> {
+    if text.is_null() {
+        return None;
+    }
+    // SAFETY: libvirt hands out NUL-terminated text, and the caller's object keeps it alive.
+    Some(unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+}
+
+/// Copies and frees text that libvirt allocated for its caller.
+fn take_text(text: *mut c_char) -> Option<String> {
+    let copy = copy_text(text);
+    // SAFETY: the text was allocated by malloc for us, or is null, which `free` ignores.
+    unsafe { libc::free(text.cast()) };
+    copy
+}
+
+fn read_version(read: impl FnOnce(*mut std::ffi::c_ulong) -> i32) -> Option<Version> {
+    let mut packed = 0;
+    (read(&raw mut packed) == 0).then(|| Version::unpack(packed))
+}
+
+fn call_error(call: &'static str) -> LibvirtError {
+    LibvirtError::Call { call, source: CallError::last() }
+}
+
+/// libvirt prints every error to stderr unless told otherwise; ours are reported once, by the caller.
+fn silence_libvirt() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(virt::error::clear_error_callback);
+}

@@ -1,0 +1,135 @@
+//! The whole source against libvirt's test driver, which lives inside this process and has one domain.
+
+use std::{os::unix::net::UnixListener, time::Instant};
+
+use super::*;
+use crate::inventory::DomainState;
+
+const TEST_DRIVER: &str = "test:///default";
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+async fn connected() -> (Libvirt, Connected) {
+    let mut libvirt = Libvirt::start(TEST_DRIVER);
+    assert_eq!(libvirt.request(Groups::all()), Err(Busy), "not connected yet");
+    match libvirt.next().await {
+        Update::Connected(to) => (libvirt, to),
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn sample(libvirt: &mut Libvirt) -> LibvirtSample {
+    match libvirt.next().await {
+        Update::Sample(sample) => *sample,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A socket that takes connections and never answers: a daemon that is stuck.
+fn stuck_daemon() -> (UnixListener, std::path::PathBuf, String) {
+    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let path = std::env::temp_dir().join(format!("kvm-monitor-stuck-{}-{number}", std::process::id()));
+    let listener = UnixListener::bind(&path).unwrap();
+    let uri = format!("qemu+unix:///system?socket={}", path.display());
+    (listener, path, uri)
+}
+
+#[test]
+fn groups_are_a_set() {
+    assert!(Groups::all().contains(Groups::fast()));
+    assert!(Groups::fast().contains(Groups::INTERFACE) && !Groups::fast().contains(Groups::BLOCK));
+}
+
+#[test]
+fn a_domain_is_described_once_and_measured_each_time() {
+    block_on(async {
+        let (mut libvirt, to) = connected().await;
+        assert_eq!(to.hypervisor.as_deref(), Some("TEST"));
+        assert_eq!(to.uri, TEST_DRIVER);
+        assert!(to.library_version.unwrap() >= Version { major: 6, minor: 0, release: 0 });
+
+        libvirt.request(Groups::all()).unwrap();
+        assert_eq!(libvirt.request(Groups::all()), Err(Busy));
+        assert!(libvirt.outstanding_since().is_some());
+        let first = sample(&mut libvirt).await;
+        assert_eq!(libvirt.outstanding_since(), None);
+        assert!(first.window.begin <= first.window.end);
+        assert_eq!((first.errors.as_slice(), first.gone.as_slice()), (&[][..], &[][..]));
+        let [stats] = first.domains.as_slice() else { panic!("{first:?}") };
+        let [Described { domain }] = first.described.as_slice() else { panic!("{first:?}") };
+        assert_eq!((domain.name.as_str(), domain.uuid, domain.id), ("test", stats.uuid, Some(1)));
+        assert_eq!((domain.state, stats.state), (DomainState::Running, Some(DomainState::Running)));
+        assert_eq!(stats.cpu_time_ns, None, "the test driver tells nothing but the state");
+
+        libvirt.request(Groups::fast()).unwrap();
+        let second = sample(&mut libvirt).await;
+        assert_eq!((second.domains.len(), second.described.len(), second.gone.len()), (1, 0, 0));
+        assert!(second.window.begin >= first.window.end);
+    });
+}
+
+#[test]
+fn waiting_for_an_answer_can_be_cancelled() {
+    block_on(async {
+        let (mut libvirt, _) = connected().await;
+        libvirt.request(Groups::fast()).unwrap();
+        drop(tokio::time::timeout(Duration::ZERO, libvirt.next()).await);
+        // Either the answer came at once, or it is still to come; never is it lost.
+        if libvirt.outstanding_since().is_some() {
+            assert_eq!(sample(&mut libvirt).await.domains.len(), 1);
+        }
+        libvirt.request(Groups::fast()).unwrap();
+        assert_eq!(sample(&mut libvirt).await.domains.len(), 1);
+    });
+}
+
+#[test]
+fn no_daemon_is_said_once_with_cause_and_fix() {
+    block_on(async {
+        let mut libvirt = Libvirt::start("qemu+unix:///system?socket=/nonexistent/libvirt-sock");
+        let Update::Lost { reason } = libvirt.next().await else { panic!() };
+        assert!(reason.contains("does not run") && reason.contains("/nonexistent/libvirt-sock"), "{reason}");
+        assert_eq!(libvirt.request(Groups::all()), Err(Busy));
+        let again = tokio::time::timeout(Duration::from_millis(600), libvirt.next()).await;
+        assert!(again.is_err(), "the second attempt fails for the same reason: {again:?}");
+    });
+}
+
+#[test]
+fn a_stuck_daemon_holds_up_nothing() {
+    let (_listener, path, uri) = stuck_daemon();
+    let started = Instant::now();
+    block_on(async {
+        let mut libvirt = Libvirt::start(&uri);
+        assert!(tokio::time::timeout(Duration::from_millis(100), libvirt.next()).await.is_err());
+        assert_eq!(libvirt.request(Groups::all()), Err(Busy));
+    });
+    let error = snapshot(&uri, Duration::from_millis(100)).unwrap_err();
+    assert!(matches!(error, LibvirtError::Deadline { .. }), "{error}");
+    assert!(error.to_string().contains("did not answer within 0.1 s"), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(5));
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn snapshot_reads_everything_once() {
+    let (to, sample) = probe(TEST_DRIVER, Duration::from_secs(20)).unwrap();
+    assert_eq!(to.hypervisor.as_deref(), Some("TEST"));
+    assert_eq!((sample.domains.len(), sample.described.len()), (1, 1));
+    assert_eq!(sample.groups, Groups::all());
+}
+
+#[test]
+fn snapshot_names_cause_and_fix() {
+    for (uri, words) in [
+        ("nope:///x", "unknown connection URI nope:///x"),
+        ("qemu+unix:///system?socket=/nonexistent/s", "libvirt does not run behind"),
+        ("test:///default\0", "holds a NUL byte"),
+    ] {
+        let error = snapshot(uri, Duration::from_secs(20)).unwrap_err().one_line();
+        assert!(error.contains(words), "{error}");
+    }
+}

@@ -1,0 +1,519 @@
+//! The `/proc` source: finds QEMU processes and their vCPU threads, and reads what the kernel counts for each.
+//!
+//! Finding uses the `procfs` crate. The files read at every tick are kept open and read with `pread`, without
+//! allocating. The root directory is an argument, so that tests can hand over a made-up tree.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+};
+
+use procfs::process::Process;
+
+use crate::{
+    inventory::QemuProcess,
+    units::{Bytes, DomainUuid, Nanos, Tgid, Tid, VcpuIndex},
+};
+
+/// What the kernel says of a process that has ended while a file of it is open.
+const GONE: i32 = rustix::io::Errno::SRCH.raw_os_error();
+
+/// Why something under `/proc` could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcfsError {
+    /// A file could not be read; `ESRCH` and `ENOENT` mean that the process or thread is gone.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file did not look as the kernel's documentation says.
+    #[error("{}: unexpected content {content:?}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Its begin.
+        content: String,
+    },
+    /// The list of processes could not be read.
+    #[error("cannot list the processes under {}: {reason}", path.display())]
+    List {
+        /// The directory.
+        path: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
+}
+
+impl ProcfsError {
+    /// Whether it only says that the process or thread has ended.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Read { source, .. }
+            if source.kind() == io::ErrorKind::NotFound || source.raw_os_error() == Some(GONE))
+    }
+}
+
+/// A QEMU process as its command line describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundQemu {
+    /// The process.
+    pub process: QemuProcess,
+    /// What its command line says.
+    pub args: QemuArgs,
+}
+
+/// What a QEMU command line says of its domain.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct QemuArgs {
+    /// `-name NAME` or `-name guest=NAME,…`.
+    pub name: Option<String>,
+    /// `-uuid UUID`.
+    pub uuid: Option<DomainUuid>,
+    /// Hardware virtualization is asked for (`-enable-kvm`, `-accel kvm`, `accel=kvm`); else QEMU emulates.
+    pub kvm: bool,
+}
+
+/// A new process is looked at this often before it is taken for something else than QEMU: right after the
+/// fork it still has its parent's command line.
+const LOOKS: u8 = 3;
+
+/// The list of processes, looked at again and again.
+#[derive(Debug)]
+pub struct Processes {
+    root: PathBuf,
+    /// Processes that are not QEMU, by id, with the number of looks taken; QEMU processes with their start.
+    seen: HashMap<u32, Seen>,
+}
+
+#[derive(Debug)]
+enum Seen {
+    Other { looks: u8, round: u64 },
+    Qemu { process: QemuProcess, round: u64 },
+}
+
+/// What changed since the last look.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct ProcessChanges {
+    /// QEMU processes that are new.
+    pub started: Vec<FoundQemu>,
+    /// QEMU processes that are gone.
+    pub ended: Vec<QemuProcess>,
+}
+
+impl Processes {
+    /// Nothing seen yet. `root` is `/proc`.
+    #[must_use]
+    pub fn new(root: &Path) -> Self {
+        Self { root: root.to_owned(), seen: HashMap::new() }
+    }
+
+    /// Looks for QEMU processes that came or went. Command lines are read of new processes only.
+    ///
+    /// # Errors
+    /// If the directory cannot be listed.
+    pub fn look(&mut self, round: u64) -> Result<ProcessChanges, ProcfsError> {
+        let mut changes = ProcessChanges::default();
+        for pid in self.pids()? {
+            if self.is_known(pid, round) {
+                continue;
+            }
+            match self.qemu(pid) {
+                Some(found) => {
+                    let now = Seen::Qemu { process: found.process, round };
+                    if let Some(Seen::Qemu { process, .. }) = self.seen.insert(pid, now) {
+                        changes.ended.push(process);
+                    }
+                    changes.started.push(found);
+                }
+                None => self.count_look(pid, round),
+            }
+        }
+        self.seen.retain(|_, seen| match seen {
+            Seen::Qemu { process, round: last } if *last != round => {
+                changes.ended.push(*process);
+                false
+            }
+            Seen::Qemu { .. } => true,
+            Seen::Other { round: last, .. } => *last == round,
+        });
+        Ok(changes)
+    }
+
+    fn pids(&self) -> Result<Vec<u32>, ProcfsError> {
+        let list =
+            |source: io::Error| ProcfsError::List { path: self.root.clone(), reason: source.to_string() };
+        let entries = std::fs::read_dir(&self.root).map_err(list)?;
+        Ok(entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok()).collect())
+    }
+
+    /// Marks a process as still there; false if it has to be looked at.
+    fn is_known(&mut self, pid: u32, round: u64) -> bool {
+        let root = self.root.clone();
+        match self.seen.get_mut(&pid) {
+            Some(Seen::Qemu { process, round: last }) => {
+                // The same id may by now be another process.
+                let same = start_time(&root, pid) == Some(process.start_time_ticks);
+                if same {
+                    *last = round;
+                }
+                same
+            }
+            Some(Seen::Other { looks, round: last }) => {
+                *last = round;
+                *looks >= LOOKS
+            }
+            None => false,
+        }
+    }
+
+    fn count_look(&mut self, pid: u32, round: u64) {
+        match self.seen.get_mut(&pid) {
+            Some(Seen::Other { looks, .. }) => *looks += 1,
+            // A QEMU process id that is now another process: `look` reports the end, as it was not marked.
+            Some(Seen::Qemu { .. }) => {}
+            None => {
+                self.seen.insert(pid, Seen::Other { looks: 1, round });
+            }
+        }
+    }
+
+    fn qemu(&self, pid: u32) -> Option<FoundQemu> {
+        let process = Process::new_with_root(self.root.join(pid.to_string())).ok()?;
+        let args = parse_command_line(&process.cmdline().ok()?)?;
+        let start_time_ticks = process.stat().ok()?.starttime;
+        Some(FoundQemu { process: QemuProcess { tgid: Tgid(pid), start_time_ticks }, args })
+    }
+}
+
+fn start_time(root: &Path, pid: u32) -> Option<u64> {
+    let text = std::fs::read(root.join(pid.to_string()).join("stat")).ok()?;
+    stat_fields(&text)?.nth(19)?.parse().ok()
+}
+
+/// Reads a QEMU command line; `None` if the program is not QEMU.
+#[must_use]
+pub fn parse_command_line(args: &[String]) -> Option<QemuArgs> {
+    let program = args.first()?.rsplit('/').next()?;
+    if !(program.starts_with("qemu-system-") || matches!(program, "qemu-kvm" | "kvm" | "qemu")) {
+        return None;
+    }
+    let mut found = QemuArgs::default();
+    for (option, value) in args.iter().zip(args.iter().skip(1).map(String::as_str).chain([""])) {
+        match option.trim_start_matches("--").trim_start_matches('-') {
+            "name" => found.name = Some(guest_name(value)),
+            "uuid" => found.uuid = value.parse().ok(),
+            "enable-kvm" => found.kvm = true,
+            "accel" if value.split([',', ':']).any(|v| v == "kvm") => found.kvm = true,
+            // libvirt asks QEMU for its capabilities this way: no guest is ever run.
+            "machine" | "M" if value.split(',').any(|v| v == "none") => return None,
+            "machine" | "M" if value.split(',').any(|v| v.starts_with("accel=kvm")) => found.kvm = true,
+            _ => {}
+        }
+    }
+    found.kvm |= program == "kvm" || program == "qemu-kvm";
+    Some(found)
+}
+
+/// The value of `-name`: `NAME`, `guest=NAME,debug-threads=on`; a comma in the name is doubled.
+fn guest_name(value: &str) -> String {
+    const COMMA: &str = "\u{0}";
+    let value = value.replace(",,", COMMA);
+    let parts: Vec<&str> = value.split(',').collect();
+    let name = parts.iter().find_map(|p| p.strip_prefix("guest=")).unwrap_or(parts[0]);
+    name.replace(COMMA, ",")
+}
+
+/// The threads of a process, ascending.
+///
+/// # Errors
+/// If the process is gone or its threads cannot be listed.
+pub fn thread_ids(root: &Path, process: QemuProcess) -> Result<Vec<u32>, ProcfsError> {
+    let path = root.join(process.tgid.to_string()).join("task");
+    let entries =
+        std::fs::read_dir(&path).map_err(|source| ProcfsError::Read { path: path.clone(), source })?;
+    let mut ids: Vec<u32> = entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok()).collect();
+    ids.sort_unstable();
+    Ok(ids)
+}
+
+/// Those of a QEMU process's threads that run a vCPU, by vCPU. QEMU names them `CPU n/KVM` or `CPU n/TCG` where
+/// it was started with `debug-threads=on`, as libvirt does.
+#[must_use]
+pub fn vcpu_threads(root: &Path, process: QemuProcess, ids: &[u32]) -> Vec<(VcpuIndex, Tid)> {
+    let tasks = root.join(process.tgid.to_string()).join("task");
+    let vcpu = |tid: &u32| {
+        let comm = std::fs::read(tasks.join(tid.to_string()).join("comm")).ok()?;
+        Some((vcpu_of_comm(&comm)?, Tid(*tid)))
+    };
+    let mut threads: Vec<_> = ids.iter().filter_map(vcpu).collect();
+    threads.sort_unstable();
+    threads
+}
+
+/// The vCPU a thread name stands for.
+#[must_use]
+pub fn vcpu_of_comm(comm: &[u8]) -> Option<VcpuIndex> {
+    let name = std::str::from_utf8(comm).ok()?.trim_end().strip_prefix("CPU ")?;
+    let (index, kind) = name.split_once('/')?;
+    matches!(kind, "KVM" | "TCG" | "HVF" | "Xen").then_some(())?;
+    index.parse().ok().map(VcpuIndex)
+}
+
+/// What the kernel counts for a thread: `/proc/PID/task/TID/schedstat`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchedStat {
+    /// Time on a CPU since the thread started, as of the last scheduler tick.
+    pub run: Nanos,
+    /// Time runnable but not running; finished waits only.
+    pub wait: Nanos,
+}
+
+/// What the kernel counts for a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessStat {
+    /// Time in user mode, exited threads included; grain of one clock tick (10 ms).
+    pub user: Nanos,
+    /// Time in the kernel, likewise.
+    pub system: Nanos,
+    /// Resident memory.
+    pub rss: Bytes,
+}
+
+/// The open files of a process.
+#[derive(Debug)]
+pub struct ProcessReader {
+    stat: OpenFile,
+    statm: OpenFile,
+    ns_per_tick: u64,
+    page_size: u64,
+}
+
+impl ProcessReader {
+    /// Opens the files of a process.
+    ///
+    /// # Errors
+    /// If the process is gone or not readable.
+    pub fn open(root: &Path, process: QemuProcess) -> Result<Self, ProcfsError> {
+        let dir = root.join(process.tgid.to_string());
+        Ok(Self {
+            stat: OpenFile::open(dir.join("stat"))?,
+            statm: OpenFile::open(dir.join("statm"))?,
+            ns_per_tick: 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1),
+            page_size: u64::try_from(rustix::param::page_size()).unwrap_or(4096),
+        })
+    }
+
+    /// Reads the counters.
+    ///
+    /// # Errors
+    /// If the process is gone or a file is not as documented in proc(5).
+    pub fn read(&self, buffer: &mut [u8]) -> Result<ProcessStat, ProcfsError> {
+        let (user, system) = self.stat.parse(buffer, |text| {
+            let mut fields = stat_fields(text)?.skip(11);
+            Some((fields.next()?.parse::<u64>().ok()?, fields.next()?.parse::<u64>().ok()?))
+        })?;
+        let pages = self.statm.parse(buffer, |text| numbers(text)?.nth(1)?.parse::<u64>().ok())?;
+        Ok(ProcessStat {
+            user: Nanos(user * self.ns_per_tick),
+            system: Nanos(system * self.ns_per_tick),
+            rss: Bytes(pages * self.page_size),
+        })
+    }
+}
+
+/// The open file of a thread.
+#[derive(Debug)]
+pub struct ThreadReader {
+    schedstat: OpenFile,
+}
+
+impl ThreadReader {
+    /// Opens the file of a thread.
+    ///
+    /// # Errors
+    /// If the thread is gone, or the kernel keeps no such figures (`CONFIG_SCHED_INFO`).
+    pub fn open(root: &Path, process: QemuProcess, tid: Tid) -> Result<Self, ProcfsError> {
+        let dir = root.join(process.tgid.to_string()).join("task").join(tid.to_string());
+        Ok(Self { schedstat: OpenFile::open(dir.join("schedstat"))? })
+    }
+
+    /// Reads the counters.
+    ///
+    /// # Errors
+    /// If the thread is gone or the file is not as documented in sched-stats.rst.
+    pub fn read(&self, buffer: &mut [u8]) -> Result<SchedStat, ProcfsError> {
+        self.schedstat.parse(buffer, |text| {
+            let mut fields = numbers(text)?;
+            let run = Nanos(fields.next()?.parse().ok()?);
+            Some(SchedStat { run, wait: Nanos(fields.next()?.parse().ok()?) })
+        })
+    }
+}
+
+#[derive(Debug)]
+struct OpenFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl OpenFile {
+    fn open(path: PathBuf) -> Result<Self, ProcfsError> {
+        match File::open(&path) {
+            Ok(file) => Ok(Self { file, path }),
+            Err(source) => Err(ProcfsError::Read { path, source }),
+        }
+    }
+
+    fn parse<T>(&self, buffer: &mut [u8], parse: impl Fn(&[u8]) -> Option<T>) -> Result<T, ProcfsError> {
+        let read = self.file.read_at(buffer, 0);
+        let len = read.map_err(|source| ProcfsError::Read { path: self.path.clone(), source })?;
+        if len == 0 {
+            // A file of a process that ended while it is open reads as empty or fails, depending on the file.
+            let source = io::Error::from_raw_os_error(GONE);
+            return Err(ProcfsError::Read { path: self.path.clone(), source });
+        }
+        let text = &buffer[..len];
+        parse(text).ok_or_else(|| ProcfsError::Parse {
+            path: self.path.clone(),
+            content: String::from_utf8_lossy(&text[..len.min(80)]).into_owned(),
+        })
+    }
+}
+
+/// The fields of `/proc/PID/stat` after the command name, `state` first; the name may hold anything.
+fn stat_fields(text: &[u8]) -> Option<impl Iterator<Item = &str>> {
+    let after = text.iter().rposition(|b| *b == b')')? + 1;
+    numbers(&text[after..])
+}
+
+fn numbers(text: &[u8]) -> Option<impl Iterator<Item = &str>> {
+    Some(std::str::from_utf8(text).ok()?.split_ascii_whitespace())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(line: &str) -> Option<QemuArgs> {
+        parse_command_line(&line.split(' ').map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn command_lines_of_libvirt_proxmox_and_by_hand() {
+        let libvirt = args(
+            "/usr/bin/qemu-system-x86_64 -name guest=web,,1,debug-threads=on -S -accel tcg \
+             -uuid 4d5e0e2b-3c1f-4a7b-9d8e-0123456789ab -display none",
+        );
+        let libvirt = libvirt.unwrap();
+        assert_eq!(libvirt.name.as_deref(), Some("web,1"));
+        assert_eq!(libvirt.uuid.unwrap().to_string(), "4d5e0e2b-3c1f-4a7b-9d8e-0123456789ab");
+        assert!(!libvirt.kvm);
+        let proxmox = args("/usr/bin/kvm -id 100 -name build,debug-threads=on -no-shutdown").unwrap();
+        assert_eq!((proxmox.name.as_deref(), proxmox.kvm), (Some("build"), true));
+        let plain = args("qemu-system-x86_64 -machine q35,accel=kvm:tcg -name a").unwrap();
+        assert_eq!((plain.name.as_deref(), plain.uuid, plain.kvm), (Some("a"), None, true));
+        assert_eq!(args("/usr/sbin/libvirtd -d"), None);
+        assert_eq!(args("qemu-img create"), None);
+        assert_eq!(args("/usr/bin/qemu-system-x86_64 -S -nodefaults -machine none,accel=kvm:tcg"), None);
+    }
+
+    #[test]
+    fn a_last_option_without_value_is_no_panic() {
+        assert_eq!(args("qemu-system-x86_64 -name").unwrap().name.as_deref(), Some(""));
+        assert_eq!(parse_command_line(&[]), None);
+    }
+
+    #[test]
+    fn vcpu_names() {
+        let check = |comm: &str, expected| assert_eq!(vcpu_of_comm(comm.as_bytes()), expected, "{comm}");
+        check("CPU 0/KVM\n", Some(VcpuIndex(0)));
+        check("CPU 31/TCG\n", Some(VcpuIndex(31)));
+        check("CPU 1/KVM", Some(VcpuIndex(1)));
+        check("CPU x/KVM\n", None);
+        check("IO iothread1\n", None);
+        check("qemu-system-x86\n", None);
+        assert_eq!(vcpu_of_comm(b"CPU \xff/KVM"), None);
+    }
+
+    #[test]
+    fn stat_survives_any_command_name() {
+        let text = b"42 (a) b) c) S 1 2 3 4 5 6 7 8 9 10 77 88 0";
+        let mut fields = stat_fields(text).unwrap().skip(11);
+        assert_eq!((fields.next(), fields.next()), (Some("77"), Some("88")));
+    }
+
+    /// A made-up `/proc` with one process.
+    fn tree(pid: u32, cmdline: &str, start: u64) -> tempdir::Dir {
+        let dir = tempdir::Dir::new();
+        dir.process(pid, cmdline, start);
+        dir
+    }
+
+    #[test]
+    fn processes_come_go_and_reuse_ids() {
+        let dir = tree(7, "qemu-system-x86_64\0-name\0a\0", 100);
+        let mut processes = Processes::new(dir.path());
+        let first = processes.look(1).unwrap();
+        assert_eq!(first.started[0].process, QemuProcess { tgid: Tgid(7), start_time_ticks: 100 });
+        assert_eq!(processes.look(2).unwrap(), ProcessChanges::default());
+        dir.process(7, "qemu-system-x86_64\0-name\0b\0", 200);
+        let reused = processes.look(3).unwrap();
+        assert_eq!(reused.started[0].args.name.as_deref(), Some("b"));
+        assert_eq!(reused.ended[0].start_time_ticks, 100);
+        dir.process(7, "sleep\0", 300);
+        assert_eq!(processes.look(4).unwrap().ended[0].start_time_ticks, 200);
+        std::fs::remove_dir_all(dir.path().join("7")).unwrap();
+        assert_eq!(processes.look(5).unwrap(), ProcessChanges::default());
+    }
+
+    #[test]
+    fn a_process_that_becomes_qemu_after_its_fork_is_found() {
+        let dir = tree(7, "libvirtd\0", 100);
+        let mut processes = Processes::new(dir.path());
+        assert_eq!(processes.look(1).unwrap(), ProcessChanges::default());
+        dir.process(7, "qemu-system-x86_64\0", 100);
+        assert_eq!(processes.look(2).unwrap().started.len(), 1);
+    }
+
+    mod tempdir {
+        use std::path::{Path, PathBuf};
+
+        pub(super) struct Dir(PathBuf);
+
+        impl Dir {
+            pub(super) fn new() -> Self {
+                static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+                let n = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                let path = std::env::temp_dir().join(format!("kvm-monitor-test-{}-{n}", std::process::id()));
+                std::fs::create_dir_all(&path).unwrap();
+                Self(path)
+            }
+
+            pub(super) fn path(&self) -> &Path {
+                &self.0
+            }
+
+            pub(super) fn process(&self, pid: u32, cmdline: &str, start: u64) {
+                let dir = self.0.join(pid.to_string());
+                std::fs::create_dir_all(&dir).unwrap();
+                std::fs::write(dir.join("cmdline"), cmdline).unwrap();
+                let zeros = "0 ".repeat(18);
+                std::fs::write(dir.join("stat"), format!("{pid} (q) S {zeros}{start} {}", "0 ".repeat(30)))
+                    .unwrap();
+            }
+        }
+
+        impl Drop for Dir {
+            fn drop(&mut self) {
+                let _ = std::fs::remove_dir_all(&self.0);
+            }
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! One watched domain: what is known of it, what reads it, and its values.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    inventory::{Domain, Vcpu},
+    metric::{Metric, Scope},
+    record::Subject,
+    sample::{DomainSample, ReadClass, Values},
+    source::{
+        ebpf::{Ebpf, Slot},
+        libvirt::stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats},
+        procfs::{ProcessReader, ProcfsError, ThreadReader},
+    },
+    units::{Bytes, Count, MonotonicNs, Nanos, SourceKind, VcpuIndex, Window},
+};
+
+/// One watched domain.
+#[derive(Debug)]
+pub struct Tracked {
+    /// What is known of it.
+    pub domain: Domain,
+    /// Grows when counters restart.
+    pub epoch: u32,
+    /// Its values.
+    pub sample: DomainSample,
+    /// Samples written.
+    pub seq: u64,
+    pub(super) listed_by_libvirt: bool,
+    pub(super) files: Option<ProcessReader>,
+    pub(super) threads: Vec<Thread>,
+    /// Thread ids at the last look, to see cheaply whether anything came or went.
+    pub(super) task_ids: Vec<u32>,
+    pub(super) followed_since: Option<MonotonicNs>,
+}
+
+/// What reads one vCPU thread; in the order of `domain.vcpus`.
+#[derive(Debug, Default)]
+pub(super) struct Thread {
+    pub(super) file: Option<ThreadReader>,
+    pub(super) slot: Option<Slot>,
+}
+
+impl Tracked {
+    /// Nothing read yet.
+    pub(super) fn new(domain: Domain, listed_by_libvirt: bool) -> Self {
+        let sample = DomainSample::new(domain.vcpus.len(), domain.interfaces.len(), domain.disks.len());
+        let threads = domain.vcpus.iter().map(|_| Thread::default()).collect();
+        Self {
+            domain,
+            epoch: 0,
+            sample,
+            seq: 0,
+            listed_by_libvirt,
+            files: None,
+            threads,
+            task_ids: Vec::new(),
+            followed_since: None,
+        }
+    }
+
+    /// What its next `sample` line is about.
+    #[must_use]
+    pub fn subject(&self) -> Subject<'_> {
+        Subject { seq: self.seq, epoch: self.epoch, domain: &self.domain, sample: &self.sample }
+    }
+
+    /// Takes over a new description. Keeps what only `/proc` knows, and the values of what is still there. True if
+    /// anything is different.
+    pub(super) fn describe(&mut self, mut new: Domain) -> bool {
+        self.listed_by_libvirt = true;
+        new.process = self.domain.process;
+        if self.domain.vcpus.iter().any(|v| v.tid.is_some()) {
+            // libvirt knows pinning, `/proc` knows which threads there are.
+            let pinned = |index| new.vcpus.iter().find(|v| v.index == index).and_then(|v| v.affinity.clone());
+            let merged = self.domain.vcpus.iter().map(|v| Vcpu { affinity: pinned(v.index), ..v.clone() });
+            new.vcpus = merged.collect();
+        } else {
+            self.sample.vcpus = vec![Values::new(Scope::Vcpu); new.vcpus.len()];
+            self.threads = new.vcpus.iter().map(|_| Thread::default()).collect();
+        }
+        let (old, sample) = (&self.domain, &mut self.sample);
+        let interfaces = (old.interfaces.as_slice(), sample.interfaces.as_slice());
+        sample.interfaces = carry(interfaces, &new.interfaces, Scope::Interface, |a, b| {
+            a.device == b.device && a.mac == b.mac
+        });
+        let disks = (old.disks.as_slice(), sample.disks.as_slice());
+        sample.disks = carry(disks, &new.disks, Scope::Disk, |a, b| a.target == b.target);
+        let changed = *old != new;
+        self.domain = new;
+        changed
+    }
+
+    /// Forgets the process and all values: counters will start anew. Returns what followed its threads.
+    pub(super) fn release(&mut self) -> Vec<Slot> {
+        let slots = self.take_slots();
+        self.domain.process = None;
+        self.files = None;
+        self.task_ids.clear();
+        self.followed_since = None;
+        self.epoch += 1;
+        self.sample.clear();
+        for vcpu in &mut self.domain.vcpus {
+            vcpu.tid = None;
+        }
+        slots
+    }
+
+    pub(super) fn take_slots(&mut self) -> Vec<Slot> {
+        self.threads.iter_mut().filter_map(|thread| std::mem::take(thread).slot).collect()
+    }
+
+    pub(super) fn since_ns(&self) -> BTreeMap<&'static str, u64> {
+        self.followed_since.map(|at| (SourceKind::Ebpf.name(), at.0)).into_iter().collect()
+    }
+
+    pub(super) fn insert_vcpu(&mut self, at: usize, index: VcpuIndex) {
+        self.domain.vcpus.insert(at, Vcpu { index, tid: None, affinity: None });
+        self.sample.vcpus.insert(at, Values::new(Scope::Vcpu));
+        self.threads.insert(at, Thread::default());
+    }
+
+    pub(super) fn remove_vcpu(&mut self, at: usize) {
+        self.domain.vcpus.remove(at);
+        self.sample.vcpus.remove(at);
+        self.threads.remove(at);
+    }
+
+    /// Returns how many readings were discarded because they went backwards.
+    pub(super) fn put_ebpf(&mut self, ebpf: &Ebpf, window: Window) -> u64 {
+        const EBPF: SourceKind = SourceKind::Ebpf;
+        if self.threads.iter().all(|t| t.slot.is_none()) {
+            return 0;
+        }
+        self.sample.begin(ReadClass::Ebpf);
+        let (mut lost, mut run_sum, mut complete) = (0, 0, true);
+        for (thread, values) in self.threads.iter().zip(&mut self.sample.vcpus) {
+            let Some(times) = thread.slot.as_ref().and_then(|slot| ebpf.times(slot)) else {
+                complete = false;
+                continue;
+            };
+            let backwards = |metric, now| values.before(EBPF, metric).is_some_and(|before| now < before);
+            if backwards(Metric::VcpuRun, times.run_ns) || backwards(Metric::VcpuWait, times.wait_ns) {
+                lost += 1;
+                complete = false;
+                continue;
+            }
+            values.put(EBPF, Metric::VcpuRun, Nanos(times.run_ns));
+            values.put(EBPF, Metric::VcpuWait, Nanos(times.wait_ns));
+            run_sum += times.run_ns;
+        }
+        if complete {
+            self.sample.cpu.put(EBPF, Metric::CpuVcpuRun, Nanos(run_sum));
+        }
+        self.sample.end(ReadClass::Ebpf, window);
+        lost
+    }
+
+    /// `None` if there is no process to read.
+    pub(super) fn put_procfs(&mut self, buffer: &mut [u8]) -> Option<Result<(), ProcfsError>> {
+        const PROCFS: SourceKind = SourceKind::Procfs;
+        let files = self.files.as_ref()?;
+        let begin = MonotonicNs::now();
+        let process = match files.read(buffer) {
+            Ok(process) => process,
+            Err(error) => return Some(Err(error)),
+        };
+        self.sample.begin(ReadClass::Procfs);
+        let cpu = &mut self.sample.cpu;
+        cpu.put(PROCFS, Metric::CpuUser, process.user);
+        cpu.put(PROCFS, Metric::CpuSystem, process.system);
+        cpu.put(PROCFS, Metric::CpuTime, Nanos(process.user.0 + process.system.0));
+        self.sample.memory.put(PROCFS, Metric::MemoryRss, process.rss);
+        let (mut result, mut run_sum, mut online) = (Ok(()), 0, 0);
+        for (thread, values) in self.threads.iter().zip(&mut self.sample.vcpus) {
+            match thread.file.as_ref().map(|file| file.read(buffer)) {
+                Some(Ok(stat)) => {
+                    values.put(PROCFS, Metric::VcpuRun, stat.run);
+                    values.put(PROCFS, Metric::VcpuWait, stat.wait);
+                    run_sum += stat.run.0;
+                    online += 1;
+                }
+                Some(Err(error)) => result = Err(error),
+                None => {}
+            }
+        }
+        if online > 0 && online == self.threads.len() as u64 {
+            self.sample.cpu.put(PROCFS, Metric::CpuVcpuRun, Nanos(run_sum));
+            self.sample.cpu.put(PROCFS, Metric::CpuVcpusOnline, Count(online));
+        }
+        self.sample.end(ReadClass::Procfs, Window { begin, end: MonotonicNs::now() });
+        Some(result)
+    }
+
+    pub(super) fn put_libvirt(&mut self, stats: &DomainStats, window: Window, slow: bool) {
+        self.sample.begin(ReadClass::LibvirtFast);
+        for (interface, values) in self.domain.interfaces.iter().zip(&mut self.sample.interfaces) {
+            if let Some(stats) = stats.interfaces.iter().find(|s| s.device == interface.device) {
+                put_interface(values, stats);
+            }
+        }
+        self.sample.end(ReadClass::LibvirtFast, window);
+        if slow {
+            self.sample.begin(ReadClass::LibvirtSlow);
+            self.put_libvirt_slow(stats);
+            self.sample.end(ReadClass::LibvirtSlow, window);
+        }
+    }
+
+    fn put_libvirt_slow(&mut self, stats: &DomainStats) {
+        const LIBVIRT: SourceKind = SourceKind::Libvirt;
+        let cpu = &mut self.sample.cpu;
+        cpu.put_some(LIBVIRT, Metric::CpuTime, stats.cpu_time_ns.map(Nanos));
+        cpu.put_some(LIBVIRT, Metric::CpuUser, stats.cpu_user_ns.map(Nanos));
+        cpu.put_some(LIBVIRT, Metric::CpuSystem, stats.cpu_system_ns.map(Nanos));
+        cpu.put_some(LIBVIRT, Metric::CpuVcpusOnline, stats.vcpu_current.map(Count));
+        for (vcpu, values) in self.domain.vcpus.iter().zip(&mut self.sample.vcpus) {
+            if let Some(stats) = stats.vcpus.iter().find(|s| s.index == vcpu.index) {
+                values.put_some(LIBVIRT, Metric::VcpuRun, stats.time_ns.map(Nanos));
+                values.put_some(LIBVIRT, Metric::VcpuWait, stats.delay_ns.map(Nanos));
+            }
+        }
+        for (disk, values) in self.domain.disks.iter().zip(&mut self.sample.disks) {
+            // The top image comes first; libvirt gives it a backing index too.
+            if let Some(stats) = stats.blocks.iter().find(|s| s.target == disk.target) {
+                put_disk(values, stats);
+            }
+        }
+        put_memory(&mut self.sample.memory, &stats.balloon);
+        self.sample.balloon_updated_s = stats.balloon.last_update_s;
+    }
+}
+
+fn put_interface(values: &mut Values, stats: &InterfaceStats) {
+    const LIBVIRT: SourceKind = SourceKind::Libvirt;
+    values.put_some(LIBVIRT, Metric::InterfaceRxBytes, stats.rx_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::InterfaceRxPackets, stats.rx_packets.map(Count));
+    values.put_some(LIBVIRT, Metric::InterfaceRxErrs, stats.rx_errs.map(Count));
+    values.put_some(LIBVIRT, Metric::InterfaceRxDrop, stats.rx_drop.map(Count));
+    values.put_some(LIBVIRT, Metric::InterfaceTxBytes, stats.tx_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::InterfaceTxPackets, stats.tx_packets.map(Count));
+    values.put_some(LIBVIRT, Metric::InterfaceTxErrs, stats.tx_errs.map(Count));
+    values.put_some(LIBVIRT, Metric::InterfaceTxDrop, stats.tx_drop.map(Count));
+}
+
+fn put_disk(values: &mut Values, stats: &BlockStats) {
+    const LIBVIRT: SourceKind = SourceKind::Libvirt;
+    values.put_some(LIBVIRT, Metric::DiskRdReq, stats.rd_reqs.map(Count));
+    values.put_some(LIBVIRT, Metric::DiskRdBytes, stats.rd_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::DiskRdTime, stats.rd_time_ns.map(Nanos));
+    values.put_some(LIBVIRT, Metric::DiskWrReq, stats.wr_reqs.map(Count));
+    values.put_some(LIBVIRT, Metric::DiskWrBytes, stats.wr_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::DiskWrTime, stats.wr_time_ns.map(Nanos));
+    values.put_some(LIBVIRT, Metric::DiskFlReq, stats.fl_reqs.map(Count));
+    values.put_some(LIBVIRT, Metric::DiskFlTime, stats.fl_time_ns.map(Nanos));
+    values.put_some(LIBVIRT, Metric::DiskErrs, stats.errors.map(Count));
+    values.put_some(LIBVIRT, Metric::DiskCapacity, stats.capacity_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::DiskAllocation, stats.allocation_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::DiskPhysical, stats.physical_bytes.map(Bytes));
+}
+
+fn put_memory(values: &mut Values, stats: &BalloonStats) {
+    const LIBVIRT: SourceKind = SourceKind::Libvirt;
+    values.put_some(LIBVIRT, Metric::MemoryActual, stats.actual_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::MemoryAvailable, stats.available_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::MemoryUnused, stats.unused_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::MemoryUsable, stats.usable_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::MemorySwapIn, stats.swap_in_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::MemorySwapOut, stats.swap_out_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::MemoryMajorFaults, stats.major_faults.map(Count));
+    values.put_some(LIBVIRT, Metric::MemoryMinorFaults, stats.minor_faults.map(Count));
+    values.put_some(LIBVIRT, Metric::MemoryDiskCaches, stats.disk_caches_bytes.map(Bytes));
+    values.put_some(LIBVIRT, Metric::MemoryHugetlbPgalloc, stats.hugetlb_pgalloc.map(Count));
+    values.put_some(LIBVIRT, Metric::MemoryHugetlbPgfail, stats.hugetlb_pgfail.map(Count));
+    values.put_some(LIBVIRT, Metric::MemoryRss, stats.rss_bytes.map(Bytes));
+}
+
+/// Values of the entities that are still there, and room for the new ones.
+fn carry<T>(old: (&[T], &[Values]), new: &[T], scope: Scope, same: impl Fn(&T, &T) -> bool) -> Vec<Values> {
+    let value_of = |n: &T| old.0.iter().position(|o| same(o, n)).map(|i| old.1[i].clone());
+    new.iter().map(|n| value_of(n).unwrap_or_else(|| Values::new(scope))).collect()
+}

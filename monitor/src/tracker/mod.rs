@@ -1,0 +1,494 @@
+//! The domains being watched: merges what libvirt describes with what `/proc` finds, follows the vCPU threads,
+//! and collects each source's readings into the domain's table.
+//!
+//! Decides nothing about time or output: `run` says when to look, and writes the [`Notice`]s.
+
+mod domain;
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use self::domain::Thread;
+pub use self::domain::Tracked;
+use crate::{
+    inventory::{Domain, DomainState, FoundBy, Owner, QemuProcess},
+    record::{Change, EventKind},
+    source::{
+        ebpf::{Ebpf, EbpfError},
+        libvirt::{Groups, LibvirtSample},
+        procfs::{self, FoundQemu, ProcessReader, Processes, ThreadReader},
+    },
+    units::{DomainUuid, MonotonicNs, SourceKind, Tid, VcpuIndex},
+};
+
+/// Something the reader of the stream has to be told.
+#[derive(Clone, Debug)]
+pub enum Notice {
+    /// A domain appeared, changed or went.
+    Domain {
+        /// What happened to it.
+        change: Change,
+        /// In words.
+        reason: String,
+        /// Its epoch.
+        epoch: u32,
+        /// As it is now, or was last.
+        domain: Box<Domain>,
+        /// When the sources that count from their own start began.
+        since_ns: BTreeMap<&'static str, u64>,
+    },
+    /// An event.
+    Event {
+        /// What kind.
+        kind: EventKind,
+        /// Which domain, if one.
+        domain: Option<(DomainUuid, String)>,
+        /// In words.
+        detail: String,
+    },
+}
+
+/// Which domains are wanted.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted(Vec<String>);
+
+impl Wanted {
+    /// Names or UUIDs; none means all.
+    #[must_use]
+    pub fn new(names: Vec<String>) -> Self {
+        Self(names)
+    }
+
+    fn matches(&self, uuid: DomainUuid, name: &str) -> bool {
+        self.0.is_empty() || self.0.iter().any(|w| is(w, uuid, name))
+    }
+
+    /// Those that none of the domains is.
+    #[must_use]
+    pub fn unknown(&self, domains: &[Tracked]) -> Vec<&str> {
+        let known = |w: &str| domains.iter().any(|t| is(w, t.domain.uuid, &t.domain.name));
+        self.0.iter().map(String::as_str).filter(|w| !known(w)).collect()
+    }
+}
+
+fn is(wanted: &str, uuid: DomainUuid, name: &str) -> bool {
+    wanted == name || wanted.parse().is_ok_and(|u: DomainUuid| u == uuid)
+}
+
+/// Figures about our own reading.
+#[derive(Clone, Debug, Default)]
+pub struct ReadCount {
+    /// Reads that gave values.
+    pub reads: u64,
+    /// Reads that failed.
+    pub errors: u64,
+    /// Readings discarded, or reads not made.
+    pub lost: u64,
+    /// The last failure.
+    pub last_error: Option<String>,
+}
+
+impl ReadCount {
+    fn failed(&mut self, error: &dyn std::error::Error) {
+        self.errors += 1;
+        self.last_error = Some(crate::one_line(error));
+    }
+}
+
+/// All watched domains.
+pub struct Tracker {
+    root: PathBuf,
+    wanted: Wanted,
+    processes: Processes,
+    rounds: u64,
+    ebpf: Option<Ebpf>,
+    domains: Vec<Tracked>,
+    notices: Vec<Notice>,
+    counts: [ReadCount; SourceKind::COUNT],
+    buffer: Vec<u8>,
+    full_reported: bool,
+    ebpf_failed: bool,
+}
+
+impl Tracker {
+    /// Nothing known yet. `root` is `/proc`.
+    #[must_use]
+    pub fn new(root: PathBuf, wanted: Wanted, ebpf: Option<Ebpf>) -> Self {
+        Self {
+            processes: Processes::new(&root),
+            root,
+            wanted,
+            rounds: 0,
+            ebpf,
+            domains: Vec::new(),
+            notices: Vec::new(),
+            counts: Default::default(),
+            buffer: vec![0; 4096],
+            full_reported: false,
+            ebpf_failed: false,
+        }
+    }
+
+    /// The watched domains.
+    #[must_use]
+    pub fn domains(&self) -> &[Tracked] {
+        &self.domains
+    }
+
+    /// The watched domains, to number and mark their samples.
+    pub fn domains_mut(&mut self) -> &mut [Tracked] {
+        &mut self.domains
+    }
+
+    /// The kernel programs, if they run.
+    #[must_use]
+    pub fn ebpf(&self) -> Option<&Ebpf> {
+        self.ebpf.as_ref()
+    }
+
+    /// The last reading of the kernel programs failed.
+    #[must_use]
+    pub fn ebpf_failed(&self) -> bool {
+        self.ebpf_failed
+    }
+
+    /// How reading went, by source.
+    pub fn count(&mut self, source: SourceKind) -> &mut ReadCount {
+        &mut self.counts[source as usize]
+    }
+
+    /// What the reader has to be told since the last call.
+    pub fn notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+
+    /// Looks for QEMU processes and vCPU threads that came or went.
+    pub fn look(&mut self) {
+        self.rounds += 1;
+        match self.processes.look(self.rounds) {
+            Ok(changes) => {
+                changes.ended.iter().for_each(|p| self.process_ended(*p));
+                changes.started.into_iter().for_each(|found| self.process_found(found));
+            }
+            Err(error) => self.count(SourceKind::Procfs).failed(&error),
+        }
+        for i in 0..self.domains.len() {
+            self.look_at_threads(i);
+        }
+        if let Some(Err(error)) = self.ebpf.as_mut().map(Ebpf::seed) {
+            self.count(SourceKind::Ebpf).failed(&error);
+        }
+    }
+
+    fn process_found(&mut self, found: FoundQemu) {
+        let uuid = found.args.uuid.unwrap_or_else(|| made_up_uuid(found.process));
+        let i = match self.domains.iter().position(|t| t.domain.uuid == uuid) {
+            Some(i) => i,
+            None => {
+                let domain = domain_of(uuid, &found);
+                if !self.wanted.matches(uuid, &domain.name) {
+                    return;
+                }
+                self.add(domain, false, "QEMU process found");
+                self.domains.len() - 1
+            }
+        };
+        if self.domains[i].domain.process.is_some_and(|old| old != found.process) {
+            self.release(i, "another QEMU process runs this domain");
+        }
+        self.domains[i].domain.process = Some(found.process);
+        match ProcessReader::open(&self.root, found.process) {
+            Ok(files) => self.domains[i].files = Some(files),
+            Err(error) => self.count(SourceKind::Procfs).failed(&error),
+        }
+        self.look_at_threads(i);
+        self.changed(i, "QEMU process found");
+    }
+
+    fn process_ended(&mut self, process: QemuProcess) {
+        let Some(i) = self.domains.iter().position(|t| t.domain.process == Some(process)) else { return };
+        if self.domains[i].listed_by_libvirt {
+            self.release(i, "its QEMU process ended");
+            self.changed(i, "its QEMU process ended");
+        } else {
+            self.remove(i, "its QEMU process ended");
+        }
+    }
+
+    /// What libvirt says of one domain's configuration.
+    pub fn described(&mut self, domain: Domain) {
+        if !self.wanted.matches(domain.uuid, &domain.name) {
+            return;
+        }
+        let Some(i) = self.domains.iter().position(|t| t.domain.uuid == domain.uuid) else {
+            self.add(domain, true, "listed by libvirt");
+            return;
+        };
+        if matches!((self.domains[i].domain.id, domain.id), (Some(a), Some(b)) if a != b) {
+            self.release(i, "libvirt gave it a new id");
+        }
+        if self.domains[i].describe(domain) {
+            self.changed(i, "described by libvirt");
+        }
+    }
+
+    /// libvirt no longer lists a domain.
+    pub fn unlisted(&mut self, uuid: DomainUuid) {
+        let Some(i) = self.domains.iter().position(|t| t.domain.uuid == uuid) else { return };
+        self.remove(i, "libvirt no longer lists it");
+    }
+
+    fn add(&mut self, domain: Domain, listed_by_libvirt: bool, reason: &str) {
+        self.domains.push(Tracked::new(domain, listed_by_libvirt));
+        self.notice_domain(self.domains.len() - 1, Change::Appeared, reason);
+    }
+
+    fn remove(&mut self, i: usize, reason: &str) {
+        let slots = self.domains[i].take_slots();
+        self.forget(slots);
+        self.notice_domain(i, Change::Gone, reason);
+        self.domains.remove(i);
+    }
+
+    /// Lets go of a process: its counters will start anew.
+    fn release(&mut self, i: usize, reason: &str) {
+        let slots = self.domains[i].release();
+        self.forget(slots);
+        self.notice_event(i, EventKind::CounterReset, reason);
+    }
+
+    fn forget(&mut self, slots: Vec<crate::source::ebpf::Slot>) {
+        if let Some(ebpf) = &mut self.ebpf {
+            slots.into_iter().for_each(|slot| ebpf.forget(slot));
+        }
+    }
+
+    fn changed(&mut self, i: usize, reason: &str) {
+        // An `appeared` that is not yet written tells it all.
+        let uuid = self.domains[i].domain.uuid;
+        let pending = self.notices.iter().position(
+            |n| matches!(n, Notice::Domain { change: Change::Appeared, domain, .. } if domain.uuid == uuid),
+        );
+        if let Some(at) = pending {
+            let now = self.domains[i].domain.clone();
+            let since = self.domains[i].since_ns();
+            if let Notice::Domain { domain, since_ns, .. } = &mut self.notices[at] {
+                **domain = now;
+                *since_ns = since;
+            }
+        } else {
+            self.notice_domain(i, Change::Changed, reason);
+        }
+    }
+
+    fn notice_domain(&mut self, i: usize, change: Change, reason: &str) {
+        let tracked = &self.domains[i];
+        self.notices.push(Notice::Domain {
+            change,
+            reason: reason.to_owned(),
+            epoch: tracked.epoch,
+            domain: Box::new(tracked.domain.clone()),
+            since_ns: tracked.since_ns(),
+        });
+    }
+
+    fn notice_event(&mut self, i: usize, kind: EventKind, detail: &str) {
+        let domain = &self.domains[i].domain;
+        self.notices.push(Notice::Event {
+            kind,
+            domain: Some((domain.uuid, domain.name.clone())),
+            detail: detail.to_owned(),
+        });
+    }
+
+    fn look_at_threads(&mut self, i: usize) {
+        let Some(process) = self.domains[i].domain.process else { return };
+        let ids = match procfs::thread_ids(&self.root, process) {
+            Ok(ids) => ids,
+            Err(error) if error.is_gone() => return, // The next look reports the end.
+            Err(error) => return self.count(SourceKind::Procfs).failed(&error),
+        };
+        let every_vcpu_found = self.domains[i].domain.vcpus.iter().all(|v| v.tid.is_some());
+        if every_vcpu_found && ids == self.domains[i].task_ids {
+            return;
+        }
+        let found = procfs::vcpu_threads(&self.root, process, &ids);
+        if found.is_empty() && self.domains[i].domain.vcpus.iter().any(|v| v.tid.is_some()) {
+            return; // The process is ending: its threads go before it does. The next look reports the end.
+        }
+        self.domains[i].task_ids = ids;
+        if self.adopt_threads(i, &found) {
+            self.changed(i, "vCPU threads changed");
+        }
+    }
+
+    /// Makes the vCPUs of a domain those whose threads were found; true if anything changed.
+    fn adopt_threads(&mut self, i: usize, found: &[(VcpuIndex, Tid)]) -> bool {
+        let tid_of = |index| found.iter().find(|(v, _)| *v == index).map(|(_, tid)| *tid);
+        let mut changed = false;
+        for v in (0..self.domains[i].domain.vcpus.len()).rev() {
+            let vcpu = &self.domains[i].domain.vcpus[v];
+            let (old, new) = (vcpu.tid, tid_of(vcpu.index));
+            if old == new {
+                continue;
+            }
+            changed = true;
+            let slot = std::mem::take(&mut self.domains[i].threads[v]).slot;
+            self.forget(slot.into_iter().collect());
+            match new {
+                Some(tid) => self.adopt_thread(i, v, tid),
+                // An unplugged vCPU: its thread is gone while the process lives.
+                None => self.domains[i].remove_vcpu(v),
+            }
+        }
+        for (index, tid) in found {
+            let vcpus = &self.domains[i].domain.vcpus;
+            if let Err(at) = vcpus.binary_search_by_key(index, |v| v.index) {
+                self.domains[i].insert_vcpu(at, *index);
+                self.adopt_thread(i, at, *tid);
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    fn adopt_thread(&mut self, i: usize, v: usize, tid: Tid) {
+        let Some(process) = self.domains[i].domain.process else { return };
+        let file = ThreadReader::open(&self.root, process, tid);
+        let slot = self.ebpf.as_mut().map(|ebpf| ebpf.follow(tid));
+        let tracked = &mut self.domains[i];
+        tracked.domain.vcpus[v].tid = Some(tid);
+        let mut thread = Thread::default();
+        match file {
+            Ok(file) => thread.file = Some(file),
+            Err(error) => self.counts[SourceKind::Procfs as usize].failed(&error),
+        }
+        match slot {
+            Some(Ok(slot)) => {
+                thread.slot = Some(slot);
+                tracked.followed_since.get_or_insert_with(MonotonicNs::now);
+            }
+            Some(Err(full)) if !std::mem::replace(&mut self.full_reported, true) => {
+                self.notices.push(Notice::Event {
+                    kind: EventKind::LostEvents,
+                    domain: None,
+                    detail: full.to_string(),
+                });
+            }
+            _ => {}
+        }
+        self.domains[i].threads[v] = thread;
+    }
+
+    /// Reads the kernel programs' figures of every domain.
+    pub fn read_ebpf(&mut self) {
+        let Some(ebpf) = &mut self.ebpf else { return };
+        let window = ebpf.read();
+        self.ebpf_failed = window.is_err();
+        match window {
+            Ok(window) => {
+                let lost: u64 = self.domains.iter_mut().map(|t| t.put_ebpf(ebpf, window)).sum();
+                let count = self.count(SourceKind::Ebpf);
+                count.reads += 1;
+                count.lost += lost;
+            }
+            Err(error) => self.count(SourceKind::Ebpf).failed(&error),
+        }
+    }
+
+    /// Reads `/proc` of every domain.
+    pub fn read_procfs(&mut self) {
+        for tracked in &mut self.domains {
+            let Some(result) = tracked.put_procfs(&mut self.buffer) else { continue };
+            let count = &mut self.counts[SourceKind::Procfs as usize];
+            match result {
+                Ok(()) => count.reads += 1,
+                Err(error) if error.is_gone() => count.lost += 1,
+                Err(error) => count.failed(&error),
+            }
+        }
+    }
+
+    /// Takes over what libvirt answered.
+    pub fn take_libvirt(&mut self, answer: LibvirtSample) {
+        answer.described.into_iter().for_each(|d| self.described(d.domain));
+        answer.gone.into_iter().for_each(|uuid| self.unlisted(uuid));
+        for error in answer.errors {
+            let count = self.count(SourceKind::Libvirt);
+            count.errors += 1;
+            count.last_error = Some(error);
+        }
+        self.count(SourceKind::Libvirt).reads += 1;
+        for stats in &answer.domains {
+            let Some(i) = self.domains.iter().position(|t| t.domain.uuid == stats.uuid) else { continue };
+            self.domains[i].put_libvirt(stats, answer.window, answer.groups.contains(Groups::all()));
+            if let Some(state) = stats.state {
+                self.state_is(i, state);
+            }
+        }
+    }
+
+    fn state_is(&mut self, i: usize, state: DomainState) {
+        let old = std::mem::replace(&mut self.domains[i].domain.state, state);
+        if old == state {
+            return;
+        }
+        match (old, state) {
+            (_, DomainState::Paused) if old != DomainState::Unknown => {
+                self.notice_event(i, EventKind::Paused, "libvirt says so");
+            }
+            (DomainState::Paused, DomainState::Running) => {
+                self.notice_event(i, EventKind::Resumed, "libvirt says so");
+            }
+            _ => {}
+        }
+        self.changed(i, &format!("state {} → {}", old.name(), state.name()));
+    }
+}
+
+/// A domain known by its QEMU process alone.
+fn domain_of(uuid: DomainUuid, found: &FoundQemu) -> Domain {
+    let name = found.args.name.clone().unwrap_or_else(|| format!("qemu-{}", found.process.tgid));
+    Domain {
+        uuid,
+        name,
+        id: None,
+        state: DomainState::Unknown,
+        title: None,
+        owner: Owner::default(),
+        virt_type: Some(if found.args.kvm { "kvm" } else { "qemu" }.to_owned()),
+        process: None,
+        vcpus: Vec::new(),
+        interfaces: Vec::new(),
+        disks: Vec::new(),
+        memory_max_bytes: None,
+        memory_current_bytes: None,
+        balloon: None,
+        found_by: FoundBy::Procfs,
+    }
+}
+
+/// Identity of a process that has no `-uuid`: a custom (version 8) UUID of process id and start time, the same
+/// for as long as the process lives.
+fn made_up_uuid(process: QemuProcess) -> DomainUuid {
+    let mut bytes = [0; 16];
+    bytes[..4].copy_from_slice(&process.tgid.0.to_be_bytes());
+    bytes[8..].copy_from_slice(&process.start_time_ticks.to_be_bytes());
+    bytes[6] = 0x80;
+    bytes[8] = 0x80 | bytes[8] & 0x3f;
+    DomainUuid(bytes)
+}
+
+impl From<ReadCount> for crate::record::SourceHealth {
+    fn from(count: ReadCount) -> Self {
+        Self { reads: count.reads, errors: count.errors, lost: count.lost, last_error: count.last_error }
+    }
+}
+
+/// Opens the kernel programs if the facts allow it.
+///
+/// # Errors
+/// Why not, in one line with the fix.
+pub fn open_ebpf(facts: &crate::host::Facts) -> Result<Ebpf, String> {
+    crate::host::ebpf_rule(facts).map_err(|u| u.to_string())?;
+    Ebpf::open().map_err(|e: EbpfError| crate::one_line(&e))
+}
