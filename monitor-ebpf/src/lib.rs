@@ -149,19 +149,42 @@ pub const READ_LAST: u32 = 2;
 /// The figures changed under every attempt to read them; nothing is reported.
 pub const READ_TORN: u32 = 3;
 
-/// How the scheduler's clock (`rq->clock`, nanoseconds of `sched_clock`) relates to `CLOCK_MONOTONIC`.
+/// How the scheduler's clock (`rq->clock`, nanoseconds of `sched_clock`) relates to `CLOCK_MONOTONIC`, by the last
+/// comparisons.
+///
+/// A comparison can only come out too low: the run queue's clock was read first, and an interrupt or a hypervisor may
+/// have come in between. The largest of a few is therefore the one to believe; few, because the two clocks drift.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Clock {
-    /// Scheduler clock − `CLOCK_MONOTONIC`, nanoseconds, as a wrapping difference.
-    pub sched_minus_mono_ns: u64,
-    /// `CLOCK_MONOTONIC` when it was compared, nanoseconds; 0 = never.
-    pub compared_at_ns: u64,
+    /// Scheduler clock − `CLOCK_MONOTONIC`, nanoseconds; [`NOT_COMPARED`] where there was no comparison yet.
+    pub sched_minus_mono_ns: [i64; COMPARISONS],
+    /// Comparisons made, modulo 2³².
+    pub count: u32,
+    /// Nothing; there is no padding.
+    pub reserved: u32,
 }
+
+/// Comparisons that are remembered. Two are made each time kvm-monitor sleeps.
+pub const COMPARISONS: usize = 4;
+/// No comparison.
+pub const NOT_COMPARED: i64 = i64::MIN;
 
 impl Clock {
     /// Not compared yet.
-    pub const ZERO: Self = Self { sched_minus_mono_ns: 0, compared_at_ns: 0 };
+    pub const ZERO: Self = Self { sched_minus_mono_ns: [NOT_COMPARED; COMPARISONS], count: 0, reserved: 0 };
+
+    /// The difference to believe, if there was any comparison.
+    #[must_use]
+    pub const fn best(&self) -> Option<i64> {
+        let [a, b, c, d] = self.sched_minus_mono_ns;
+        let best = larger(larger(a, b), larger(c, d));
+        if best == NOT_COMPARED { None } else { Some(best) }
+    }
+}
+
+const fn larger(a: i64, b: i64) -> i64 {
+    if a > b { a } else { b }
 }
 
 /// Byte offsets into kernel structures, found in the running kernel's BTF when the programs are loaded.
@@ -211,7 +234,7 @@ impl Layout {
 
 const _: () = assert!(size_of::<Thread>() == 56); // no padding
 const _: () = assert!(size_of::<Reading>() == 56);
-const _: () = assert!(size_of::<Clock>() == 16);
+const _: () = assert!(size_of::<Clock>() == 40);
 const _: () = assert!(size_of::<Layout>() == 44);
 const _: () = assert!(THREADS as usize * 4 == TABLE_ENTRIES && THREADS.is_multiple_of(READ_BATCH));
 
@@ -224,6 +247,13 @@ mod tests {
         for tid in [0, 1, 65_535, 65_536, 4_194_303, u32::MAX] {
             assert!((table_start(tid) as usize) < TABLE_ENTRIES, "{tid}");
         }
+    }
+
+    #[test]
+    fn the_largest_comparison_is_believed() {
+        assert_eq!(Clock::ZERO.best(), None);
+        let clock = Clock { sched_minus_mono_ns: [-7, -5, NOT_COMPARED, -9], ..Clock::ZERO };
+        assert_eq!(clock.best(), Some(-5));
     }
 
     #[test]

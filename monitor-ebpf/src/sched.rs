@@ -14,9 +14,9 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, RawTracePointContext},
 };
 use monitor_ebpf::{
-    Clock, FILTER_BITS, Filter, READ_BATCH, READ_LAST, READ_LIVE, READ_NOTHING, READ_TORN, ROLE_CLOCK,
-    Reading, STATE_OFF_CPU, STATE_ON_CPU, STATE_UNKNOWN, TABLE_ENTRIES, TABLE_PROBES, THREADS, Table, Thread,
-    table_slot, table_start,
+    COMPARISONS, Clock, FILTER_BITS, Filter, READ_BATCH, READ_LAST, READ_LIVE, READ_NOTHING, READ_TORN,
+    ROLE_CLOCK, Reading, STATE_OFF_CPU, STATE_ON_CPU, STATE_UNKNOWN, TABLE_ENTRIES, TABLE_PROBES, THREADS,
+    Table, Thread, table_slot, table_start,
 };
 
 use crate::kernel::{Address, LAYOUT, load, offset, probe};
@@ -46,9 +46,15 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         unsafe { (load::<u32>(prev, offset(&LAYOUT.task_pid)), load::<u32>(next, offset(&LAYOUT.task_pid))) };
     if let Some(thread) = followed(out) {
         leave(thread, prev);
+        if thread.role == ROLE_CLOCK {
+            compare_clocks(prev);
+        }
     }
     if let Some(thread) = followed(into) {
         enter(thread, next);
+        if thread.role == ROLE_CLOCK {
+            compare_clocks(next);
+        }
     }
     0
 }
@@ -63,9 +69,6 @@ fn leave(thread: &mut Thread, task: Address) {
     thread.switches += 1;
     thread.state = STATE_OFF_CPU;
     note_identity(thread, task);
-    if thread.role == ROLE_CLOCK {
-        compare_clocks(task);
-    }
 }
 
 #[inline(always)]
@@ -88,14 +91,15 @@ fn note_identity(thread: &mut Thread, task: Address) {
 fn compare_clocks(task: Address) {
     let Some(clock) = CLOCK.get_ptr_mut(0) else { return };
     // SAFETY: each pointer was loaded through the one before, starting from a BTF tracepoint's argument;
-    // `clock` is a valid map value.
+    // `clock` is a valid map value, and this thread is on one CPU at a time.
     unsafe {
         let cfs_rq: Address = load(task, offset(&LAYOUT.task_cfs_rq));
         let rq: Address = load(cfs_rq, offset(&LAYOUT.cfs_rq_rq));
         let sched: u64 = load(rq, offset(&LAYOUT.rq_clock));
-        let mono = bpf_ktime_get_ns();
-        (*clock).sched_minus_mono_ns = sched.wrapping_sub(mono);
-        (*clock).compared_at_ns = mono;
+        let difference = sched.wrapping_sub(bpf_ktime_get_ns()).cast_signed();
+        let clock = &mut *clock;
+        clock.sched_minus_mono_ns[clock.count as usize % COMPARISONS] = difference;
+        clock.count = clock.count.wrapping_add(1);
     }
 }
 
@@ -146,13 +150,11 @@ extern "C" fn seed_threads(ctx: *mut core::ffi::c_void) -> i32 {
 #[raw_tracepoint(tracepoint = "read_threads")]
 pub(crate) fn read_threads(ctx: RawTracePointContext) -> i32 {
     // SAFETY: user space passes the arguments of a raw tracepoint, at least one word.
-    let first = unsafe { *ctx.as_ptr().cast::<u64>() } as u32;
+    let first = unsafe { *ctx.as_ptr().cast::<u64>() };
+    let Ok(first) = u32::try_from(first) else { return 0 };
     // SAFETY: plain helper call.
     let mono = unsafe { bpf_ktime_get_ns() };
-    let sched_now = match CLOCK.get(0) {
-        Some(clock) if clock.compared_at_ns != 0 => Some(mono.wrapping_add(clock.sched_minus_mono_ns)),
-        _ => None,
-    };
+    let sched = CLOCK.get(0).and_then(Clock::best).map(|ahead| mono.wrapping_add_signed(ahead));
     for i in 0..READ_BATCH {
         let (Some(thread), Some(reading)) =
             (THREAD_SLOTS.get_ptr(first + i), READINGS.get_ptr_mut(first + i))
@@ -160,7 +162,7 @@ pub(crate) fn read_threads(ctx: RawTracePointContext) -> i32 {
             return 0;
         };
         // SAFETY: valid map values; `read_threads` alone writes readings, one run at a time.
-        unsafe { read_thread(&*thread, &mut *reading, Now { mono, sched: sched_now }) };
+        unsafe { read_thread(&*thread, &mut *reading, Now { mono, sched }) };
     }
     0
 }
@@ -203,7 +205,7 @@ fn read_live(thread: &Thread, reading: &mut Reading, sched_now: Option<u64>) -> 
     if queued != 0 {
         // sched_info_enqueue() stamps last_queued, sched_info_arrive() adds to run_delay and clears it.
         let now = sched_now?;
-        reading.open_wait_ns = if now > queued { now - queued } else { 0 };
+        reading.open_wait_ns = now.saturating_sub(queued);
     } else if on_cpu(thread)? {
         reading.open_run_ns = open_run(task, run, sched_now?)?;
     }

@@ -16,8 +16,9 @@ use aya::{
     programs::{BtfTracePoint, Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use monitor_ebpf::{
-    Clock, FILTER_BITS, Filter, Layout, READ_BATCH, READ_LAST, READ_LIVE, ROLE_CLOCK, ROLE_FOLLOWED, Reading,
-    TABLE_ENTRIES, TABLE_PROBES, THREADS, Table, Thread, table_entry, table_slot, table_start,
+    COMPARISONS, Clock, FILTER_BITS, Filter, Layout, READ_BATCH, READ_LAST, READ_LIVE, ROLE_CLOCK,
+    ROLE_FOLLOWED, Reading, TABLE_ENTRIES, TABLE_PROBES, THREADS, Table, Thread, table_entry, table_slot,
+    table_start,
 };
 
 use self::{
@@ -295,19 +296,19 @@ impl Ebpf {
         (started != 0).then_some(started)
     }
 
-    /// Follows this thread itself and makes it leave its CPU, which lets the kernel side compare the
-    /// scheduler's clock with `CLOCK_MONOTONIC`. Later ticks repeat it by themselves, since this thread sleeps
-    /// between them.
+    /// Follows this thread itself and makes it sleep, which lets the kernel side compare the scheduler's clock with
+    /// `CLOCK_MONOTONIC`. Later ticks repeat it by themselves, since this thread sleeps between them.
     fn compare_clocks(&mut self) {
+        self.clock.set(0, Clock::ZERO);
         let me = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap_or(0);
         if self.follow_as(Tid(me), ROLE_CLOCK).is_err() {
             return; // Impossible in empty tables; without the clock nothing in progress is added.
         }
         for _ in 0..50 {
-            if self.clock.get(0).compared_at_ns != 0 {
+            if self.clock.get(0).count as usize >= COMPARISONS {
                 return;
             }
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            std::thread::sleep(std::time::Duration::from_micros(100));
         }
     }
 }
