@@ -215,7 +215,10 @@ impl Tracker {
     }
 
     /// What libvirt says of one domain's configuration.
-    pub fn described(&mut self, domain: Domain) {
+    pub fn described(&mut self, mut domain: Domain) {
+        for interface in &mut domain.interfaces {
+            interface.ifindex = procfs::interface_index(&interface.device);
+        }
         if !self.wanted.matches(domain.uuid, &domain.name) {
             return;
         }
