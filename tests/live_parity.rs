@@ -28,7 +28,7 @@ use lab::{GuestSpec, Hog, Lab, LabDirs, Which};
 use monitor::{
     inventory::QemuProcess,
     source::{
-        ebpf::{Ebpf, Slot, ThreadTimes},
+        ebpf::{Ebpf, Keep, Slot, ThreadTimes},
         procfs::{SchedStat, ThreadReader},
     },
     units::{MonotonicNs, Tgid, Tid, Window},
@@ -101,7 +101,7 @@ fn pin() {
 }
 
 fn follow(ebpf: &mut Ebpf, tid: Tid) -> Slot {
-    let slot = ebpf.follow(tid).unwrap();
+    let slot = ebpf.follow(tid, Keep::TimesAndHistograms).unwrap();
     ebpf.seed().unwrap();
     slot
 }

@@ -54,7 +54,7 @@ pub struct Table(pub [u64; TABLE_ENTRIES]);
 /// A followed thread, in the slot that user space gave it.
 ///
 /// `tid` and `role` are written by user space; the rest by the programs: by `seed_threads` when the thread
-/// is first followed, then by `sched_switch` on the CPU the thread leaves or enters.
+/// is first followed, then by `sched_switch` on the CPU the thread leaves or enters. Counts begin when it is followed.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thread {
@@ -67,14 +67,30 @@ pub struct Thread {
     pub task: u64,
     /// `task_struct.start_boottime`, nanoseconds: tells a reused thread id from the thread meant.
     pub start_boottime_ns: u64,
-    /// [`STATE_UNKNOWN`], [`STATE_ON_CPU`] or [`STATE_OFF_CPU`], as of the last switch.
-    pub state: u64,
+    /// Odd while a switch changes what follows, and different after it.
+    pub sequence: u32,
+    /// [`STATE_UNKNOWN`], [`STATE_ON_CPU`], [`STATE_SLEEPING`] or [`STATE_PREEMPTED`], as of the last switch.
+    pub state: u32,
+    /// Scheduler clock at the last switch, nanoseconds; 0 = not switched yet.
+    pub since_ns: u64,
     /// `se.sum_exec_runtime` at the last switch away, nanoseconds since the thread started.
     pub run_ns: u64,
     /// `sched_info.run_delay` at the last switch away, nanoseconds since the thread started.
     pub wait_ns: u64,
-    /// Times the thread left a CPU since it is followed.
-    pub switches: u64,
+    /// Time between the switches to and away, by the scheduler clock, nanoseconds: run time, interrupts and steal.
+    pub on_cpu_ns: u64,
+    /// Switches away while it could have run on.
+    pub preemptions: u32,
+    /// Switches away because it had nothing to do.
+    pub yields: u32,
+    /// Switches to after such a switch away: the wakeups that led to a run.
+    pub wakeups: u32,
+    /// Switches to on another CPU than the last.
+    pub migrations: u32,
+    /// CPU of the last switch to, plus 1; 0 = none yet.
+    pub last_cpu: u32,
+    /// Place of its histograms, plus 1; 0 = none are kept.
+    pub histograms: u32,
 }
 
 impl Thread {
@@ -84,25 +100,35 @@ impl Thread {
         role: ROLE_FOLLOWED,
         task: 0,
         start_boottime_ns: 0,
+        sequence: 0,
         state: STATE_UNKNOWN,
+        since_ns: 0,
         run_ns: 0,
         wait_ns: 0,
-        switches: 0,
+        on_cpu_ns: 0,
+        preemptions: 0,
+        yields: 0,
+        wakeups: 0,
+        migrations: 0,
+        last_cpu: 0,
+        histograms: 0,
     };
 }
 
 /// The thread is accounted.
 pub const ROLE_FOLLOWED: u32 = 0;
-/// The thread is kvm-monitor's own: each time it leaves a CPU the scheduler clock is compared with
+/// The thread is kvm-monitor's own: each time it enters or leaves a CPU the scheduler clock is compared with
 /// `CLOCK_MONOTONIC`, so that no program has to read a clock for the threads that are accounted.
 pub const ROLE_CLOCK: u32 = 1;
 
 /// Not switched since it is followed; `task_struct.on_cpu` decides.
-pub const STATE_UNKNOWN: u64 = 0;
+pub const STATE_UNKNOWN: u32 = 0;
 /// Entered a CPU at its last switch.
-pub const STATE_ON_CPU: u64 = 1;
-/// Left its CPU at its last switch.
-pub const STATE_OFF_CPU: u64 = 2;
+pub const STATE_ON_CPU: u32 = 1;
+/// Left its CPU at its last switch, to sleep.
+pub const STATE_SLEEPING: u32 = 2;
+/// Left its CPU at its last switch, but could have run on.
+pub const STATE_PREEMPTED: u32 = 3;
 
 /// One thread as `read_threads` found it, the interval in progress included.
 #[repr(C)]
@@ -118,12 +144,28 @@ pub struct Reading {
     pub run_ns: u64,
     /// Time runnable but not running, nanoseconds since thread start.
     pub wait_ns: u64,
+    /// Time on a CPU by the scheduler clock, nanoseconds since some moment before the thread was followed.
+    pub on_cpu_ns: u64,
     /// Part of `run_ns` that lies after the kernel's own last update of its figure.
     pub open_run_ns: u64,
     /// Part of `wait_ns` that is a wait still in progress.
     pub open_wait_ns: u64,
+    /// The scheduler clock of the reading, nanoseconds.
+    pub sched_ns: u64,
     /// `CLOCK_MONOTONIC` of the reading, nanoseconds.
     pub read_at_ns: u64,
+    /// As in [`Thread`].
+    pub preemptions: u32,
+    /// As in [`Thread`].
+    pub yields: u32,
+    /// As in [`Thread`].
+    pub wakeups: u32,
+    /// As in [`Thread`].
+    pub migrations: u32,
+    /// What it does at this moment: [`NOW_RUNNING`], [`NOW_WAITING`] or [`NOW_SLEEPING`].
+    pub doing: u32,
+    /// Nothing; there is no padding.
+    pub reserved: u32,
 }
 
 impl Reading {
@@ -134,9 +176,17 @@ impl Reading {
         start_boottime_ns: 0,
         run_ns: 0,
         wait_ns: 0,
+        on_cpu_ns: 0,
         open_run_ns: 0,
         open_wait_ns: 0,
+        sched_ns: 0,
         read_at_ns: 0,
+        preemptions: 0,
+        yields: 0,
+        wakeups: 0,
+        migrations: 0,
+        doing: 0,
+        reserved: 0,
     };
 }
 
@@ -148,6 +198,93 @@ pub const READ_LIVE: u32 = 1;
 pub const READ_LAST: u32 = 2;
 /// The figures changed under every attempt to read them; nothing is reported.
 pub const READ_TORN: u32 = 3;
+
+/// The thread runs.
+pub const NOW_RUNNING: u32 = 1;
+/// It could run, but something else does.
+pub const NOW_WAITING: u32 = 2;
+/// It has nothing to do.
+pub const NOW_SLEEPING: u32 = 3;
+
+/// Sub-buckets of one power of two of a [`Histogram`]: the relative error is at most 1/16.
+pub const SUB_BUCKETS: u32 = 16;
+/// Powers of two that are divided so; see [`bucket`].
+pub const POWERS: u32 = 32;
+/// Buckets of a histogram.
+pub const BUCKETS: usize = LAST_BUCKET as usize + 1;
+const LAST_BUCKET: u32 = SUB_BUCKETS * POWERS - 1;
+/// Values below this, 2⁶ ns, share the first sub-buckets linearly.
+const LINEAR_LOG2: u32 = 6;
+
+/// Counts of durations by length, base 2 with linear sub-buckets.
+pub type Histogram = [u32; BUCKETS];
+
+/// The distributions of one thread, cumulative since it is followed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Histograms {
+    /// Lengths of finished waits: from wakeup or preemption to the next run.
+    pub wait: Histogram,
+    /// Lengths of runs, from the switch to the thread to the switch away, by the task clock.
+    pub run: Histogram,
+}
+
+impl Histograms {
+    /// Nothing counted.
+    pub const ZERO: Self = Self { wait: [0; BUCKETS], run: [0; BUCKETS] };
+}
+
+/// Histograms that can be kept at once.
+pub const HISTOGRAMS: u32 = 1_024;
+
+/// The bucket of a duration: 16 linear ones below 2⁶ ns (4 ns each), then 16 for each power of two up to 2³⁷ ns
+/// (137 s); longer ones count in the last.
+#[must_use]
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "what is cast is below 32 or masked")]
+pub const fn bucket(ns: u64) -> u32 {
+    if ns < 1 << LINEAR_LOG2 {
+        return (ns >> (LINEAR_LOG2 - 4)) as u32;
+    }
+    let power = log2(ns);
+    let sub = (ns >> (power - 4)) as u32 & (SUB_BUCKETS - 1);
+    let index = (power - LINEAR_LOG2 + 1) * SUB_BUCKETS + sub;
+    if index < LAST_BUCKET { index } else { LAST_BUCKET }
+}
+
+/// Position of the highest bit of a number that is not 0. Written out, because BPF has no instruction for it and
+/// the compiler's own replacement is longer.
+#[inline(always)]
+const fn log2(mut value: u64) -> u32 {
+    let mut log = 0;
+    let mut step = 32;
+    while step > 0 {
+        if value >> step != 0 {
+            value >>= step;
+            log += step;
+        }
+        step /= 2;
+    }
+    log
+}
+
+/// The durations that a bucket stands for, nanoseconds: from the first to before the second. The last bucket has no
+/// upper end; it is given as `u64::MAX`.
+#[must_use]
+pub const fn bucket_range(index: u32) -> (u64, u64) {
+    let low = bucket_low(index);
+    if index < LAST_BUCKET { (low, bucket_low(index + 1)) } else { (low, u64::MAX) }
+}
+
+const fn bucket_low(index: u32) -> u64 {
+    let (power, sub) = (index / SUB_BUCKETS, (index % SUB_BUCKETS) as u64);
+    if power == 0 {
+        sub << (LINEAR_LOG2 - 4)
+    } else {
+        let power = power - 1 + LINEAR_LOG2;
+        (1 << power) + (sub << (power - 4))
+    }
+}
 
 /// How the scheduler's clock (`rq->clock`, nanoseconds of `sched_clock`) relates to `CLOCK_MONOTONIC`, by the last
 /// comparisons.
@@ -207,6 +344,8 @@ pub struct Layout {
     pub task_run_delay: u32,
     /// `task_struct.sched_info.last_queued`.
     pub task_last_queued: u32,
+    /// `task_struct.sched_info.last_arrival`.
+    pub task_last_arrival: u32,
     /// `cfs_rq.rq`.
     pub cfs_rq_rq: u32,
     /// `rq.clock`.
@@ -226,16 +365,17 @@ impl Layout {
         task_cfs_rq: 0,
         task_run_delay: 0,
         task_last_queued: 0,
+        task_last_arrival: 0,
         cfs_rq_rq: 0,
         rq_clock: 0,
         rq_clock_task: 0,
     };
 }
 
-const _: () = assert!(size_of::<Thread>() == 56); // no padding
-const _: () = assert!(size_of::<Reading>() == 56);
+const _: () = assert!(size_of::<Thread>() == 88); // no padding
+const _: () = assert!(size_of::<Reading>() == 96);
 const _: () = assert!(size_of::<Clock>() == 40);
-const _: () = assert!(size_of::<Layout>() == 44);
+const _: () = assert!(size_of::<Layout>() == 48);
 const _: () = assert!(THREADS as usize * 4 == TABLE_ENTRIES && THREADS.is_multiple_of(READ_BATCH));
 
 #[cfg(test)]
@@ -247,6 +387,20 @@ mod tests {
         for tid in [0, 1, 65_535, 65_536, 4_194_303, u32::MAX] {
             assert!((table_start(tid) as usize) < TABLE_ENTRIES, "{tid}");
         }
+    }
+
+    #[test]
+    fn buckets_follow_each_other_and_are_narrow() {
+        let mut expected = 0;
+        for index in 0..=LAST_BUCKET {
+            let (low, high) = bucket_range(index);
+            assert_eq!((low, bucket(low), bucket(high - 1)), (expected, index, index));
+            if low >= 1 << LINEAR_LOG2 && high != u64::MAX {
+                assert!((high - low) * 16 <= low, "bucket {index}: {low} to {high}");
+            }
+            expected = high;
+        }
+        assert_eq!(bucket(u64::MAX), LAST_BUCKET);
     }
 
     #[test]

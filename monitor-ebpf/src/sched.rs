@@ -8,15 +8,16 @@
 use aya_ebpf::{
     EbpfContext,
     bindings::BPF_F_MMAPABLE,
-    helpers::bpf_ktime_get_ns,
+    helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns},
     macros::{btf_tracepoint, map, raw_tracepoint},
     maps::Array,
     programs::{BtfTracePointContext, RawTracePointContext},
 };
 use monitor_ebpf::{
-    COMPARISONS, Clock, FILTER_BITS, Filter, READ_BATCH, READ_LAST, READ_LIVE, READ_NOTHING, READ_TORN,
-    ROLE_CLOCK, Reading, STATE_OFF_CPU, STATE_ON_CPU, STATE_UNKNOWN, TABLE_ENTRIES, TABLE_PROBES, THREADS,
-    Table, Thread, table_slot, table_start,
+    COMPARISONS, Clock, FILTER_BITS, Filter, HISTOGRAMS, Histogram, Histograms, NOW_RUNNING, NOW_SLEEPING,
+    NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, READ_NOTHING, READ_TORN, ROLE_CLOCK, Reading,
+    STATE_ON_CPU, STATE_PREEMPTED, STATE_SLEEPING, STATE_UNKNOWN, TABLE_ENTRIES, TABLE_PROBES, THREADS,
+    Table, Thread, bucket, table_slot, table_start,
 };
 
 use crate::kernel::{Address, LAYOUT, load, offset, probe};
@@ -29,14 +30,17 @@ static TABLE: Array<Table> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 static THREAD_SLOTS: Array<Thread> = Array::with_max_entries(THREADS, BPF_F_MMAPABLE);
 #[map(name = "READINGS")]
 static READINGS: Array<Reading> = Array::with_max_entries(THREADS, BPF_F_MMAPABLE);
+#[map(name = "HISTOGRAMS")]
+static HISTOGRAM_SETS: Array<Histograms> = Array::with_max_entries(HISTOGRAMS, BPF_F_MMAPABLE);
 #[map(name = "CLOCK")]
 static CLOCK: Array<Clock> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// `trace_sched_switch(bool preempt, struct task_struct *prev, struct task_struct *next, unsigned int
 /// prev_state)`, on the CPU that switches, with the run queue locked.
 ///
-/// For a followed `prev`: copies `run_ns` and `wait_ns` (nanoseconds since thread start) into its slot.
-/// For a followed `next`: marks it as on a CPU. Everybody else pays one bit test each.
+/// For a followed `prev`: copies the kernel's run and wait time into its slot, adds the time on the CPU, counts, and
+/// adds the run and the wait before it to the histograms. For a followed `next`: notes that it is on a CPU. All
+/// times are nanoseconds. Everybody else pays one bit test each.
 #[btf_tracepoint(function = "sched_switch")]
 pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     let prev: Address = ctx.arg(1);
@@ -45,59 +49,150 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     let (out, into) =
         unsafe { (load::<u32>(prev, offset(&LAYOUT.task_pid)), load::<u32>(next, offset(&LAYOUT.task_pid))) };
     if let Some(thread) = followed(out) {
-        leave(thread, prev);
-        if thread.role == ROLE_CLOCK {
-            compare_clocks(prev);
-        }
+        // As the kernel decides between `nivcsw` and `nvcsw` in `__schedule()`.
+        let preempted = ctx.arg::<u32>(0) & 1 != 0 || ctx.arg::<u32>(3) == 0;
+        leave(thread, prev, clock(prev), preempted);
     }
     if let Some(thread) = followed(into) {
-        enter(thread, next);
-        if thread.role == ROLE_CLOCK {
-            compare_clocks(next);
-        }
+        enter(thread, next, clock(prev));
     }
     0
 }
 
+/// The clock of this CPU's run queue, nanoseconds: read at the start of this switch.
 #[inline(always)]
-fn leave(thread: &mut Thread, task: Address) {
-    // SAFETY: `task` is an argument of a BTF tracepoint.
+fn clock(prev: Address) -> u64 {
+    // SAFETY: each pointer was loaded through the one before, starting from a BTF tracepoint's argument.
     unsafe {
-        thread.run_ns = load(task, offset(&LAYOUT.task_sum_exec_runtime));
-        thread.wait_ns = load(task, offset(&LAYOUT.task_run_delay));
+        let cfs_rq: Address = load(prev, offset(&LAYOUT.task_cfs_rq));
+        let rq: Address = load(cfs_rq, offset(&LAYOUT.cfs_rq_rq));
+        load(rq, offset(&LAYOUT.rq_clock))
     }
-    thread.switches += 1;
-    thread.state = STATE_OFF_CPU;
-    note_identity(thread, task);
 }
 
 #[inline(always)]
-fn enter(thread: &mut Thread, task: Address) {
-    thread.state = STATE_ON_CPU;
+fn leave(thread: &mut Thread, task: Address, now: u64, preempted: bool) {
+    // SAFETY: `task` is an argument of a BTF tracepoint.
+    let (run, wait, arrived): (u64, u64, u64) = unsafe {
+        (
+            load(task, offset(&LAYOUT.task_sum_exec_runtime)),
+            load(task, offset(&LAYOUT.task_run_delay)),
+            load(task, offset(&LAYOUT.task_last_arrival)),
+        )
+    };
+    if thread.state == STATE_ON_CPU
+        && let Some(histograms) = histograms(thread)
+    {
+        count(&mut histograms.run, run.wrapping_sub(thread.run_ns));
+        if wait != thread.wait_ns {
+            count(&mut histograms.wait, wait.wrapping_sub(thread.wait_ns));
+        }
+    }
+    let sequence = begin(thread);
+    let on_cpu_ns = thread.on_cpu_ns.wrapping_add(now.wrapping_sub(arrived));
+    set(&mut thread.on_cpu_ns, on_cpu_ns);
+    set(&mut thread.run_ns, run);
+    set(&mut thread.wait_ns, wait);
+    set(&mut thread.since_ns, now);
+    if preempted {
+        set(&mut thread.state, STATE_PREEMPTED);
+        let preemptions = thread.preemptions.wrapping_add(1);
+        set(&mut thread.preemptions, preemptions);
+    } else {
+        set(&mut thread.state, STATE_SLEEPING);
+        let yields = thread.yields.wrapping_add(1);
+        set(&mut thread.yields, yields);
+    }
     note_identity(thread, task);
+    end(thread, sequence);
+    if thread.role == ROLE_CLOCK {
+        compare_clocks(now);
+    }
+}
+
+#[inline(always)]
+fn enter(thread: &mut Thread, task: Address, now: u64) {
+    // SAFETY: plain helper call.
+    let cpu = unsafe { bpf_get_smp_processor_id() } + 1;
+    let sequence = begin(thread);
+    if thread.state == STATE_SLEEPING {
+        let wakeups = thread.wakeups.wrapping_add(1);
+        set(&mut thread.wakeups, wakeups);
+    }
+    set(&mut thread.state, STATE_ON_CPU);
+    set(&mut thread.since_ns, now);
+    if thread.last_cpu != cpu {
+        if thread.last_cpu != 0 {
+            let migrations = thread.migrations.wrapping_add(1);
+            set(&mut thread.migrations, migrations);
+        }
+        set(&mut thread.last_cpu, cpu);
+    }
+    note_identity(thread, task);
+    end(thread, sequence);
+    if thread.role == ROLE_CLOCK {
+        compare_clocks(now);
+    }
+}
+
+/// What follows changes a slot: a reader on another CPU that sees an odd number, or another one afterwards, reads
+/// again. All stores in between are volatile, which keeps their order in the program (BPF has no compiler fence);
+/// x86 keeps the order of stores by itself.
+#[inline(always)]
+fn begin(thread: &mut Thread) -> u32 {
+    let sequence = thread.sequence | 1;
+    set(&mut thread.sequence, sequence);
+    sequence
+}
+
+#[inline(always)]
+fn end(thread: &mut Thread, sequence: u32) {
+    set(&mut thread.sequence, sequence.wrapping_add(1));
+}
+
+#[inline(always)]
+fn set<T>(place: &mut T, value: T) {
+    // SAFETY: a reference is writable and aligned.
+    unsafe { core::ptr::write_volatile(place, value) }
+}
+
+#[inline(always)]
+fn get<T>(place: &T) -> T {
+    // SAFETY: a reference is readable and aligned; the fields are plain numbers.
+    unsafe { core::ptr::read_volatile(place) }
+}
+
+#[inline(always)]
+fn histograms(thread: &Thread) -> Option<&'static mut Histograms> {
+    let index = thread.histograms.checked_sub(1)?;
+    // SAFETY: a valid map value; only the CPU that switches the thread changes it.
+    unsafe { HISTOGRAM_SETS.get_ptr_mut(index)?.as_mut() }
+}
+
+#[inline(always)]
+fn count(histogram: &mut Histogram, ns: u64) {
+    if let Some(count) = histogram.get_mut(bucket(ns) as usize) {
+        *count = count.wrapping_add(1);
+    }
 }
 
 #[inline(always)]
 fn note_identity(thread: &mut Thread, task: Address) {
     if thread.task != task as u64 {
-        thread.task = task as u64;
+        set(&mut thread.task, task as u64);
         // SAFETY: `task` is an argument of a BTF tracepoint or of the task iterator.
-        thread.start_boottime_ns = unsafe { load(task, offset(&LAYOUT.task_start_boottime)) };
+        set(&mut thread.start_boottime_ns, unsafe { load(task, offset(&LAYOUT.task_start_boottime)) });
     }
 }
 
-/// The run queue's clock was read a moment ago, at the start of this switch.
+/// `sched` is the run queue's clock, read a moment ago at the start of this switch.
 #[inline(always)]
-fn compare_clocks(task: Address) {
+fn compare_clocks(sched: u64) {
     let Some(clock) = CLOCK.get_ptr_mut(0) else { return };
-    // SAFETY: each pointer was loaded through the one before, starting from a BTF tracepoint's argument;
-    // `clock` is a valid map value, and this thread is on one CPU at a time.
+    // SAFETY: `clock` is a valid map value, and kvm-monitor's thread is on one CPU at a time.
     unsafe {
-        let cfs_rq: Address = load(task, offset(&LAYOUT.task_cfs_rq));
-        let rq: Address = load(cfs_rq, offset(&LAYOUT.cfs_rq_rq));
-        let sched: u64 = load(rq, offset(&LAYOUT.rq_clock));
-        let difference = sched.wrapping_sub(bpf_ktime_get_ns()).cast_signed();
         let clock = &mut *clock;
+        let difference = sched.wrapping_sub(bpf_ktime_get_ns()).cast_signed();
         clock.sched_minus_mono_ns[clock.count as usize % COMPARISONS] = difference;
         clock.count = clock.count.wrapping_add(1);
     }
@@ -180,43 +275,80 @@ fn read_thread(thread: &Thread, reading: &mut Reading, now: Now) {
     reading.tid = thread.tid;
     reading.read_at_ns = now.mono;
     reading.start_boottime_ns = thread.start_boottime_ns;
-    reading.open_run_ns = 0;
-    reading.open_wait_ns = 0;
     if thread.tid == 0 || thread.task == 0 {
         reading.status = READ_NOTHING;
         return;
     }
-    if probe::<u32>(thread.task, offset(&LAYOUT.task_pid)) != Some(thread.tid) {
-        reading.run_ns = thread.run_ns;
-        reading.wait_ns = thread.wait_ns;
-        reading.status = READ_LAST;
+    let Some(sched) = now.sched else {
+        reading.status = READ_TORN;
         return;
+    };
+    reading.sched_ns = sched;
+    for _ in 0..ATTEMPTS {
+        let sequence = get(&thread.sequence);
+        let status = read_once(thread, reading, sched);
+        if sequence & 1 == 0 && get(&thread.sequence) == sequence && status != READ_TORN {
+            reading.status = status;
+            return;
+        }
     }
-    reading.status = if read_live(thread, reading, now.sched).is_some() { READ_LIVE } else { READ_TORN };
+    reading.status = READ_TORN;
+}
+
+/// Attempts to read a thread while its figures change.
+const ATTEMPTS: u32 = 4;
+
+#[inline(always)]
+fn read_once(thread: &Thread, reading: &mut Reading, sched: u64) -> u32 {
+    reading.preemptions = get(&thread.preemptions);
+    reading.yields = get(&thread.yields);
+    reading.wakeups = get(&thread.wakeups);
+    reading.migrations = get(&thread.migrations);
+    reading.on_cpu_ns = get(&thread.on_cpu_ns);
+    reading.open_run_ns = 0;
+    reading.open_wait_ns = 0;
+    if probe::<u32>(thread.task, offset(&LAYOUT.task_pid)) != Some(thread.tid) {
+        reading.run_ns = get(&thread.run_ns);
+        reading.wait_ns = get(&thread.wait_ns);
+        reading.doing = NOW_SLEEPING;
+        return READ_LAST;
+    }
+    if read_live(thread, reading, sched).is_some() { READ_LIVE } else { READ_TORN }
 }
 
 /// `None` if the figures could not be read or changed meanwhile.
 #[inline(always)]
-fn read_live(thread: &Thread, reading: &mut Reading, sched_now: Option<u64>) -> Option<()> {
+fn read_live(thread: &Thread, reading: &mut Reading, now: u64) -> Option<()> {
     let task = thread.task;
     let run: u64 = probe(task, offset(&LAYOUT.task_sum_exec_runtime))?;
     let wait: u64 = probe(task, offset(&LAYOUT.task_run_delay))?;
     let queued: u64 = probe(task, offset(&LAYOUT.task_last_queued))?;
-    if queued != 0 {
+    reading.doing = NOW_SLEEPING;
+    if on_cpu(thread)? {
+        // The kernel adds the wait before this run, and clears `last_queued`, just after the switch was traced.
+        if queued != 0 {
+            return None;
+        }
+        let since = match get(&thread.since_ns) {
+            0 => probe(task, offset(&LAYOUT.task_last_arrival))?,
+            since => since,
+        };
+        reading.doing = NOW_RUNNING;
+        reading.on_cpu_ns = reading.on_cpu_ns.wrapping_add(now.saturating_sub(since));
+        reading.open_run_ns = open_run(task, run, now)?;
+    } else if queued != 0 {
         // sched_info_enqueue() stamps last_queued, sched_info_arrive() adds to run_delay and clears it.
-        let now = sched_now?;
+        reading.doing = NOW_WAITING;
         reading.open_wait_ns = now.saturating_sub(queued);
-    } else if on_cpu(thread)? {
-        reading.open_run_ns = open_run(task, run, sched_now?)?;
     }
     reading.run_ns = run + reading.open_run_ns;
     reading.wait_ns = wait + reading.open_wait_ns;
-    Some(())
+    (probe::<u64>(task, offset(&LAYOUT.task_run_delay))? == wait).then_some(())
 }
 
 #[inline(always)]
 fn on_cpu(thread: &Thread) -> Option<bool> {
-    match thread.state {
+    match get(&thread.state) {
         STATE_UNKNOWN => Some(probe::<u32>(thread.task, offset(&LAYOUT.task_on_cpu))? != 0),
         state => Some(state == STATE_ON_CPU),
     }
@@ -237,6 +369,6 @@ fn open_run(task: u64, run: u64, sched_now: u64) -> Option<u64> {
         return None;
     }
     let open = sched_now.wrapping_sub(clock.wrapping_sub(clock_task)).wrapping_sub(exec_start);
-    // The scheduler clock is known to a microsecond: just after an update the difference may be below 0.
-    Some(if open as i64 > 0 { open } else { 0 })
+    // The scheduler clock is known to some microseconds: just after an update the difference may be below 0.
+    Some(if open.cast_signed() > 0 { open } else { 0 })
 }

@@ -13,7 +13,7 @@
 //! | [`inventory`] | which domains exist and what belongs to them | metrics |
 //! | [`source`] | turns one source into values, or says why not | other sources, output |
 //! | [`tracker`] | merges the sources' domains, follows threads | time, output |
-//! | [`model`] | arithmetic on samples | I/O, clocks, JSON |
+//! | [`ledger`], [`model`] | arithmetic on readings and samples | I/O, clocks, JSON |
 //! | [`record`], [`sink`] | define the lines; write them | where numbers came from |
 //! | [`run`] | ticks, calls the above in order, stops cleanly | any metric by name |
 //! | [`host`] | facts of this machine and the rules that follow | sources |
@@ -28,6 +28,7 @@ pub mod check;
 pub mod cli;
 pub mod host;
 pub mod inventory;
+pub mod ledger;
 pub mod list;
 pub mod metric;
 pub mod model;

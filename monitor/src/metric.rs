@@ -141,6 +141,18 @@ metrics! {
         "Time the vCPU thread was on a CPU. ebpf: to the nanosecond, the run in progress included. procfs: schedstat, as of the last scheduler tick. libvirt: vcpu.N.time, 10 ms grain.";
     VcpuWait: Vcpu, "wait_ns", Nanoseconds, Counter, [Ebpf, Procfs, Libvirt], Slow,
         "Time the vCPU thread was runnable but not running. ebpf: the wait in progress included. procfs: schedstat run_delay, finished waits only. libvirt: vcpu.N.delay.";
+    VcpuIrq: Vcpu, "irq_ns", Nanoseconds, Counter, [Ebpf], Slow,
+        "Time the vCPU thread was on a CPU, but interrupts or a hypervisor below this host took it: what the kernel's task clock leaves out of run_ns.";
+    VcpuSleep: Vcpu, "sleep_ns", Nanoseconds, Counter, [Ebpf], Slow,
+        "Time the vCPU thread had nothing to do. run_ns + irq_ns + wait_ns + sleep_ns is the wall time.";
+    VcpuPreemptions: Vcpu, "preemptions", Count, Counter, [Ebpf], Slow,
+        "Times the vCPU thread lost its CPU while it could have run on.";
+    VcpuYields: Vcpu, "yields", Count, Counter, [Ebpf], Slow,
+        "Times the vCPU thread gave up its CPU because it had nothing to do.";
+    VcpuWakeups: Vcpu, "wakeups", Count, Counter, [Ebpf], Slow,
+        "Times the vCPU thread got a CPU after it had nothing to do.";
+    VcpuMigrations: Vcpu, "migrations", Count, Counter, [Ebpf], Slow,
+        "Times the vCPU thread got another CPU than before.";
     InterfaceRxBytes: Interface, "rx_bytes", Bytes, Counter, [Libvirt], Fast,
         "Bytes received by the guest. libvirt: net.N.rx.bytes.";
     InterfaceRxPackets: Interface, "rx_packets", Count, Counter, [Libvirt], Fast,

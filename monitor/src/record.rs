@@ -630,17 +630,17 @@ fn serialize_memory<S: Serializer>(
 fn serialize_entities<S: Serializer, T>(
     entities: &Entities<'_, T>,
     to: S,
-    identity: impl Fn(&T) -> Identity<'_>,
+    identity: impl Fn(usize, &T) -> Identity<'_>,
 ) -> Result<S::Ok, S::Error> {
     let mut seq = to.serialize_seq(None)?;
-    for (who, values) in entities.who.iter().zip(entities.values) {
-        seq.serialize_element(&Entity { who: identity(who), values, sample: entities.sample })?;
+    for (i, (who, values)) in entities.who.iter().zip(entities.values).enumerate() {
+        seq.serialize_element(&Entity { who: identity(i, who), values, sample: entities.sample })?;
     }
     seq.end()
 }
 
 enum Identity<'a> {
-    Vcpu { vcpu: u32, tid: Option<u32> },
+    Vcpu { vcpu: u32, tid: Option<u32>, place: usize },
     Device(&'a str),
     Target(&'a str),
 }
@@ -655,7 +655,7 @@ impl Serialize for Entity<'_> {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         let mut map = to.serialize_map(None)?;
         match self.who {
-            Identity::Vcpu { vcpu, tid } => {
+            Identity::Vcpu { vcpu, tid, .. } => {
                 map.serialize_entry("vcpu", &vcpu)?;
                 if let Some(tid) = tid {
                     map.serialize_entry("tid", &tid)?;
@@ -665,23 +665,35 @@ impl Serialize for Entity<'_> {
             Identity::Target(target) => map.serialize_entry("target", target)?,
         }
         serialize_values::<S>(&mut map, self.values, self.sample)?;
+        if let Identity::Vcpu { place, .. } = self.who {
+            let detail = &self.sample.vcpu_details[place];
+            let histograms = [("wait_hist_ns", &detail.wait_hist), ("run_hist_ns", &detail.run_hist)];
+            for (name, histogram) in histograms {
+                if let Some(histogram) = histogram {
+                    map.serialize_entry(name, histogram)?;
+                }
+            }
+            if let Some(state) = detail.state {
+                map.serialize_entry("state", state)?;
+            }
+        }
         map.end()
     }
 }
 
 fn serialize_vcpus<S: Serializer>(of: &Entities<'_, inventory::Vcpu>, to: S) -> Result<S::Ok, S::Error> {
-    serialize_entities(of, to, |v| Identity::Vcpu { vcpu: v.index.0, tid: v.tid.map(|t| t.0) })
+    serialize_entities(of, to, |place, v| Identity::Vcpu { vcpu: v.index.0, tid: v.tid.map(|t| t.0), place })
 }
 
 fn serialize_interfaces<S: Serializer>(
     of: &Entities<'_, inventory::Interface>,
     to: S,
 ) -> Result<S::Ok, S::Error> {
-    serialize_entities(of, to, |i| Identity::Device(&i.device))
+    serialize_entities(of, to, |_, i| Identity::Device(&i.device))
 }
 
 fn serialize_disks<S: Serializer>(of: &Entities<'_, inventory::Disk>, to: S) -> Result<S::Ok, S::Error> {
-    serialize_entities(of, to, |d| Identity::Target(&d.target))
+    serialize_entities(of, to, |_, d| Identity::Target(&d.target))
 }
 
 /// How the monitor itself is doing.
@@ -941,7 +953,21 @@ fn memory_schema(_: &mut SchemaGenerator) -> Schema {
 
 fn vcpus_schema(_: &mut SchemaGenerator) -> Schema {
     let number = json_schema!({ "type": "integer", "minimum": 0 });
-    array_of(entity_schema(Scope::Vcpu, &[("vcpu", number.clone()), ("tid", number)], &[]))
+    let bucket = json_schema!({
+        "type": "array", "items": { "type": "integer", "minimum": 0 }, "minItems": 3, "maxItems": 3
+    });
+    let histogram = |of: &str| {
+        json_schema!({
+            "type": "array", "items": bucket.clone().to_value(),
+            "description": format!("Lengths of {of} that ended since the last histogram: [from, to, count], ns.")
+        })
+    };
+    let derived = [
+        ("wait_hist_ns", histogram("waits")),
+        ("run_hist_ns", histogram("runs")),
+        ("state", json_schema!({ "enum": ["running", "waiting", "sleeping"] })),
+    ];
+    array_of(entity_schema(Scope::Vcpu, &[("vcpu", number.clone()), ("tid", number)], &derived))
 }
 
 fn interfaces_schema(_: &mut SchemaGenerator) -> Schema {

@@ -122,6 +122,17 @@ pub struct Reads {
     pub fresh: bool,
 }
 
+/// What a sample says of a vCPU beside its metrics; gone once it is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VcpuDetail {
+    /// What it did when it was read.
+    pub state: Option<&'static str>,
+    /// Waits that ended since the last histogram, as `[from, to, count]`, nanoseconds.
+    pub wait_hist: Option<Vec<[u64; 3]>>,
+    /// Runs that ended since the last histogram, likewise.
+    pub run_hist: Option<Vec<[u64; 3]>>,
+}
+
 /// All values of one domain.
 #[derive(Clone, Debug)]
 pub struct DomainSample {
@@ -132,6 +143,8 @@ pub struct DomainSample {
     pub memory: Values,
     /// In the order of the domain's vCPUs.
     pub vcpus: Vec<Values>,
+    /// What is known of the vCPUs beside numbers, in the same order.
+    pub vcpu_details: Vec<VcpuDetail>,
     /// In the order of the domain's interfaces.
     pub interfaces: Vec<Values>,
     /// In the order of the domain's disks.
@@ -149,6 +162,7 @@ impl DomainSample {
             cpu: Values::new(Scope::Cpu),
             memory: Values::new(Scope::Memory),
             vcpus: vec![Values::new(Scope::Vcpu); vcpus],
+            vcpu_details: vec![VcpuDetail::default(); vcpus],
             interfaces: vec![Values::new(Scope::Interface); interfaces],
             disks: vec![Values::new(Scope::Disk); disks],
             balloon_updated_s: None,
@@ -180,6 +194,7 @@ impl DomainSample {
         for reads in &mut self.reads {
             reads.fresh = false;
         }
+        self.vcpu_details.fill(VcpuDetail::default());
     }
 
     /// Forgets all values: counters start anew (a new epoch).

@@ -23,6 +23,17 @@ pub enum Ebpf {}
 #[derive(Debug)]
 pub enum Slot {}
 
+/// What would be kept of a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Times and counts.
+    Times,
+    /// Also distributions.
+    TimesAndHistograms,
+}
+
+pub use monitor_ebpf::{BUCKETS, Histogram, Histograms, bucket_range};
+
 /// Runs of a program.
 #[derive(Clone, Copy, Debug)]
 pub struct ProgramRuns {
@@ -32,14 +43,9 @@ pub struct ProgramRuns {
     pub ns: u64,
 }
 
-/// Figures of one thread, nanoseconds.
-#[derive(Clone, Copy, Debug)]
-pub struct ThreadTimes {
-    /// On a CPU.
-    pub run_ns: u64,
-    /// Runnable, but not running.
-    pub wait_ns: u64,
-}
+#[path = "ebpf/times.rs"]
+mod times;
+pub use times::{Doing, ThreadTimes};
 
 impl Ebpf {
     /// Never succeeds.
@@ -66,7 +72,7 @@ impl Ebpf {
     ///
     /// # Errors
     /// None.
-    pub fn follow(&mut self, _: Tid) -> Result<Slot, Full> {
+    pub fn follow(&mut self, _: Tid, _: Keep) -> Result<Slot, Full> {
         match *self {}
     }
 
@@ -94,6 +100,12 @@ impl Ebpf {
     /// None exists.
     #[must_use]
     pub fn times(&self, _: &Slot) -> Option<ThreadTimes> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn histograms(&self, _: &Slot) -> Option<Histograms> {
         match *self {}
     }
 }

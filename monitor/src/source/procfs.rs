@@ -272,7 +272,11 @@ pub fn interface_index(device: &str) -> Option<u32> {
     if device.is_empty() || device.contains(['/', '\0']) || device.starts_with('.') {
         return None; // Not a name the kernel would give (`dev_valid_name`).
     }
-    std::fs::read_to_string(Path::new("/sys/class/net").join(device).join("ifindex")).ok()?.trim().parse().ok()
+    std::fs::read_to_string(Path::new("/sys/class/net").join(device).join("ifindex"))
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
 }
 
 /// What the kernel counts for a thread: `/proc/PID/task/TID/schedstat`.

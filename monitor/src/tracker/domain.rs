@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use crate::{
     inventory::{Domain, Vcpu},
+    ledger::{Ledger, Parts, new_in_histogram},
     metric::{Metric, Scope},
     record::Subject,
-    sample::{DomainSample, ReadClass, Values},
+    sample::{DomainSample, ReadClass, Values, VcpuDetail},
     source::{
-        ebpf::{Ebpf, Slot},
+        ebpf::{Ebpf, Histograms, Slot, ThreadTimes},
         libvirt::stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats},
         procfs::{ProcessReader, ProcfsError, ThreadReader},
     },
@@ -32,6 +33,7 @@ pub struct Tracked {
     /// Thread ids at the last look, to see cheaply whether anything came or went.
     pub(super) task_ids: Vec<u32>,
     pub(super) followed_since: Option<MonotonicNs>,
+    histograms_at: Option<MonotonicNs>,
 }
 
 /// What reads one vCPU thread; in the order of `domain.vcpus`.
@@ -39,6 +41,9 @@ pub struct Tracked {
 pub(super) struct Thread {
     pub(super) file: Option<ThreadReader>,
     pub(super) slot: Option<Slot>,
+    ledger: Ledger,
+    /// As of the last sample that had them.
+    histograms: Option<Box<Histograms>>,
 }
 
 impl Tracked {
@@ -56,6 +61,7 @@ impl Tracked {
             threads,
             task_ids: Vec::new(),
             followed_since: None,
+            histograms_at: None,
         }
     }
 
@@ -77,6 +83,7 @@ impl Tracked {
             new.vcpus = merged.collect();
         } else {
             self.sample.vcpus = vec![Values::new(Scope::Vcpu); new.vcpus.len()];
+            self.sample.vcpu_details = vec![VcpuDetail::default(); new.vcpus.len()];
             self.threads = new.vcpus.iter().map(|_| Thread::default()).collect();
         }
         let (old, sample) = (&self.domain, &mut self.sample);
@@ -117,43 +124,54 @@ impl Tracked {
     pub(super) fn insert_vcpu(&mut self, at: usize, index: VcpuIndex) {
         self.domain.vcpus.insert(at, Vcpu { index, tid: None, affinity: None });
         self.sample.vcpus.insert(at, Values::new(Scope::Vcpu));
+        self.sample.vcpu_details.insert(at, VcpuDetail::default());
         self.threads.insert(at, Thread::default());
     }
 
     pub(super) fn remove_vcpu(&mut self, at: usize) {
         self.domain.vcpus.remove(at);
         self.sample.vcpus.remove(at);
+        self.sample.vcpu_details.remove(at);
         self.threads.remove(at);
     }
 
-    /// Returns how many readings were discarded because they went backwards.
+    /// Returns how many readings were discarded because they cannot be.
     pub(super) fn put_ebpf(&mut self, ebpf: &Ebpf, window: Window) -> u64 {
-        const EBPF: SourceKind = SourceKind::Ebpf;
         if self.threads.iter().all(|t| t.slot.is_none()) {
             return 0;
         }
         self.sample.begin(ReadClass::Ebpf);
-        let (mut lost, mut run_sum, mut complete) = (0, 0, true);
-        for (thread, values) in self.threads.iter().zip(&mut self.sample.vcpus) {
-            let Some(times) = thread.slot.as_ref().and_then(|slot| ebpf.times(slot)) else {
-                complete = false;
-                continue;
-            };
-            let backwards = |metric, now| values.before(EBPF, metric).is_some_and(|before| now < before);
-            if backwards(Metric::VcpuRun, times.run_ns) || backwards(Metric::VcpuWait, times.wait_ns) {
-                lost += 1;
-                complete = false;
-                continue;
+        let (mut lost, mut run_sum) = (0, Some(0));
+        let with_histograms = self.histograms_due(window.begin);
+        let entities = self.sample.vcpus.iter_mut().zip(&mut self.sample.vcpu_details);
+        for (thread, (values, detail)) in self.threads.iter_mut().zip(entities) {
+            let times = thread.slot.as_ref().and_then(|slot| ebpf.times(slot));
+            let parts = times.map(|times| (times, thread.ledger.add(times)));
+            if let Some((times, Some(parts))) = parts {
+                put_vcpu(values, &times, &parts);
+                run_sum = run_sum.map(|sum: u64| sum + times.run_ns);
+                detail.state = Some(times.doing.name());
+            } else {
+                run_sum = None;
+                lost += u64::from(times.is_some());
             }
-            values.put(EBPF, Metric::VcpuRun, Nanos(times.run_ns));
-            values.put(EBPF, Metric::VcpuWait, Nanos(times.wait_ns));
-            run_sum += times.run_ns;
+            if with_histograms {
+                thread.put_histograms(ebpf, detail);
+            }
         }
-        if complete {
-            self.sample.cpu.put(EBPF, Metric::CpuVcpuRun, Nanos(run_sum));
-        }
+        self.sample.cpu.put_some(SourceKind::Ebpf, Metric::CpuVcpuRun, run_sum.map(Nanos));
         self.sample.end(ReadClass::Ebpf, window);
         lost
+    }
+
+    /// At most once a second.
+    fn histograms_due(&mut self, now: MonotonicNs) -> bool {
+        // A tick may come a little early.
+        let due = self.histograms_at.is_none_or(|at| now.since(at) >= 990_000_000);
+        if due {
+            self.histograms_at = Some(now);
+        }
+        due
     }
 
     /// `None` if there is no process to read.
@@ -229,6 +247,28 @@ impl Tracked {
         put_memory(&mut self.sample.memory, &stats.balloon);
         self.sample.balloon_updated_s = stats.balloon.last_update_s;
     }
+}
+
+impl Thread {
+    fn put_histograms(&mut self, ebpf: &Ebpf, detail: &mut VcpuDetail) {
+        let Some(now) = self.slot.as_ref().and_then(|slot| ebpf.histograms(slot)) else { return };
+        let before = self.histograms.get_or_insert_with(|| Box::new(Histograms::ZERO));
+        detail.wait_hist = Some(new_in_histogram(&before.wait, &now.wait));
+        detail.run_hist = Some(new_in_histogram(&before.run, &now.run));
+        **before = now;
+    }
+}
+
+fn put_vcpu(values: &mut Values, times: &ThreadTimes, parts: &Parts) {
+    const EBPF: SourceKind = SourceKind::Ebpf;
+    values.put(EBPF, Metric::VcpuRun, Nanos(times.run_ns));
+    values.put(EBPF, Metric::VcpuWait, Nanos(times.wait_ns));
+    values.put(EBPF, Metric::VcpuIrq, Nanos(parts.irq_ns));
+    values.put(EBPF, Metric::VcpuSleep, Nanos(parts.sleep_ns));
+    values.put(EBPF, Metric::VcpuPreemptions, Count(parts.counts.preemptions));
+    values.put(EBPF, Metric::VcpuYields, Count(parts.counts.yields));
+    values.put(EBPF, Metric::VcpuWakeups, Count(parts.counts.wakeups));
+    values.put(EBPF, Metric::VcpuMigrations, Count(parts.counts.migrations));
 }
 
 fn put_interface(values: &mut Values, stats: &InterfaceStats) {

@@ -13,7 +13,7 @@ use crate::{
     inventory::{Domain, DomainState, FoundBy, Owner, QemuProcess},
     record::{Change, EventKind},
     source::{
-        ebpf::{Ebpf, EbpfError},
+        ebpf::{Ebpf, EbpfError, Keep},
         libvirt::{Groups, LibvirtSample},
         procfs::{self, FoundQemu, ProcessReader, Processes, ThreadReader},
     },
@@ -357,7 +357,7 @@ impl Tracker {
     fn adopt_thread(&mut self, i: usize, v: usize, tid: Tid) {
         let Some(process) = self.domains[i].domain.process else { return };
         let file = ThreadReader::open(&self.root, process, tid);
-        let slot = self.ebpf.as_mut().map(|ebpf| ebpf.follow(tid));
+        let slot = self.ebpf.as_mut().map(|ebpf| ebpf.follow(tid, Keep::TimesAndHistograms));
         let tracked = &mut self.domains[i];
         tracked.domain.vcpus[v].tid = Some(tid);
         let mut thread = Thread::default();

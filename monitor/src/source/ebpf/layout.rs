@@ -42,6 +42,7 @@ pub fn resolve(btf_file: &Path) -> Result<Layout, LayoutError> {
         task_cfs_rq: at("task_struct", "se.cfs_rq")?,
         task_run_delay: at("task_struct", "sched_info.run_delay")?,
         task_last_queued: at("task_struct", "sched_info.last_queued")?,
+        task_last_arrival: at("task_struct", "sched_info.last_arrival")?,
         cfs_rq_rq: at("cfs_rq", "rq")?,
         rq_clock: at("rq", "clock")?,
         rq_clock_task: at("rq", "clock_task")?,

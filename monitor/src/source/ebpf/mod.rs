@@ -7,18 +7,21 @@
 pub mod layout;
 mod mapped;
 pub mod probes;
+mod times;
 
-use std::{collections::VecDeque, fs::File, io, io::Read as _, path::Path};
+use std::{collections::VecDeque, fs::File, io, io::Read as _, path::Path, sync::atomic::Ordering};
 
+pub use self::times::{Doing, ThreadTimes};
 use aya::{
     Btf, Ebpf as Object, EbpfLoader, Pod,
     maps::{Map, MapData},
     programs::{BtfTracePoint, Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
+pub use monitor_ebpf::{BUCKETS, Histogram, Histograms, bucket_range};
 use monitor_ebpf::{
-    COMPARISONS, Clock, FILTER_BITS, Filter, Layout, READ_BATCH, READ_LAST, READ_LIVE, ROLE_CLOCK,
-    ROLE_FOLLOWED, Reading, TABLE_ENTRIES, TABLE_PROBES, THREADS, Table, Thread, table_entry, table_slot,
-    table_start,
+    COMPARISONS, Clock, FILTER_BITS, Filter, HISTOGRAMS, Layout, NOW_RUNNING, NOW_WAITING, READ_BATCH,
+    READ_LAST, READ_LIVE, ROLE_CLOCK, ROLE_FOLLOWED, Reading, TABLE_ENTRIES, TABLE_PROBES, THREADS, Table,
+    Thread, table_entry, table_slot, table_start,
 };
 
 use self::{
@@ -79,27 +82,45 @@ pub struct ProgramRuns {
 
 /// A thread that is followed.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Slot(u32);
+pub struct Slot {
+    thread: u32,
+    histograms: Option<u32>,
+}
+
+/// What is kept of a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Times and counts.
+    Times,
+    /// Also the distributions of its runs and waits.
+    TimesAndHistograms,
+}
+
+/// Places of an array map that are handed out; the one given back longest ago is used again first.
+#[derive(Debug, Default)]
+struct Places {
+    free: VecDeque<u32>,
+    used: u32,
+}
+
+impl Places {
+    fn take(&mut self, limit: u32) -> Option<u32> {
+        if self.used < limit {
+            self.used += 1;
+            return Some(self.used - 1);
+        }
+        self.free.pop_front()
+    }
+
+    fn give_back(&mut self, place: u32) {
+        self.free.push_back(place);
+    }
+}
 
 /// No more threads can be followed.
 #[derive(Debug, thiserror::Error)]
 #[error("no room in the kernel tables to follow another thread ({0} are followed)")]
 pub struct Full(pub usize);
-
-/// Figures of one thread, nanoseconds since it started, the interval in progress included.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ThreadTimes {
-    /// On a CPU by the task clock: interrupts and what a hypervisor below took are left out.
-    pub run_ns: u64,
-    /// Runnable, but not running.
-    pub wait_ns: u64,
-    /// Part of `run_ns` that the kernel has not yet added to its own figure.
-    pub open_run_ns: u64,
-    /// Part of `wait_ns` that is a wait in progress.
-    pub open_wait_ns: u64,
-    /// The thread is gone; these are its last figures.
-    pub last: bool,
-}
 
 /// The loaded programs. Everything is detached when this is dropped, or the process ends in any way.
 pub struct Ebpf {
@@ -110,8 +131,9 @@ pub struct Ebpf {
     threads: Mapped<Thread>,
     readings: Mapped<Reading>,
     clock: Mapped<Clock>,
-    free: VecDeque<u32>,
-    slots_used: u32,
+    histograms: Mapped<Histograms>,
+    places: Places,
+    histogram_places: Places,
     followed: usize,
     unseeded: bool,
 }
@@ -152,10 +174,11 @@ impl Ebpf {
             threads: map(&object, "THREADS", THREADS as usize)?,
             readings: map(&object, "READINGS", THREADS as usize)?,
             clock: map(&object, "CLOCK", 1)?,
+            histograms: map(&object, "HISTOGRAMS", HISTOGRAMS as usize)?,
             object,
             states,
-            free: VecDeque::new(),
-            slots_used: 0,
+            places: Places::default(),
+            histogram_places: Places::default(),
             followed: 0,
             unseeded: false,
         };
@@ -185,54 +208,62 @@ impl Ebpf {
     /// Begins to follow a thread. Call [`Ebpf::seed`] after the last of a batch.
     ///
     /// # Errors
-    /// [`Full`] if the kernel tables have no room.
-    pub fn follow(&mut self, tid: Tid) -> Result<Slot, Full> {
-        self.follow_as(tid, ROLE_FOLLOWED)
+    /// [`Full`] if the kernel tables have no room. Where only the histograms have none, the rest is kept.
+    pub fn follow(&mut self, tid: Tid, keep: Keep) -> Result<Slot, Full> {
+        self.follow_as(tid, ROLE_FOLLOWED, keep)
     }
 
-    fn follow_as(&mut self, tid: Tid, role: u32) -> Result<Slot, Full> {
+    fn follow_as(&mut self, tid: Tid, role: u32, keep: Keep) -> Result<Slot, Full> {
         let full = Full(self.followed);
         let Some(entry) = self.entry_for(0, tid.0) else { return Err(full) };
-        let slot = match self.free.pop_front() {
-            Some(slot) => slot,
-            None if self.slots_used < THREADS => {
-                self.slots_used += 1;
-                self.slots_used - 1
-            }
-            None => return Err(full),
+        let Some(place) = self.places.take(THREADS) else { return Err(full) };
+        let histograms = match keep {
+            Keep::Times => None,
+            Keep::TimesAndHistograms => self.histogram_places.take(HISTOGRAMS),
         };
-        self.readings.set(slot as usize, Reading::ZERO);
-        self.threads.set(slot as usize, Thread { tid: tid.0, role, ..Thread::ZERO });
-        self.table.word(entry).store(table_entry(tid.0, slot), std::sync::atomic::Ordering::Release);
+        if let Some(histograms) = histograms {
+            self.histograms.set(histograms as usize, Histograms::ZERO);
+        }
+        self.readings.set(place as usize, Reading::ZERO);
+        let thread = Thread { tid: tid.0, role, histograms: histograms.map_or(0, |h| h + 1), ..Thread::ZERO };
+        self.threads.set(place as usize, thread);
+        self.table.word(entry).store(table_entry(tid.0, place), Ordering::Release);
         let bit = tid.0 % FILTER_BITS;
         change_bit(self.filter.word((bit / 64) as usize), bit % 64, true);
         self.followed += 1;
         self.unseeded = true;
-        Ok(Slot(slot))
+        Ok(Slot { thread: place, histograms })
     }
 
     /// Stops following a thread.
     #[expect(clippy::needless_pass_by_value, reason = "the slot must not be used afterwards")]
     pub fn forget(&mut self, slot: Slot) {
-        let tid = self.threads.get(slot.0 as usize).tid;
+        let tid = self.threads.get(slot.thread as usize).tid;
         if let Some(entry) = self.entry_for(tid, tid) {
-            self.table.word(entry).store(0, std::sync::atomic::Ordering::Release);
+            self.table.word(entry).store(0, Ordering::Release);
         }
-        self.threads.set(slot.0 as usize, Thread::ZERO);
+        self.threads.set(slot.thread as usize, Thread::ZERO);
         let shares = |other: u32| other != 0 && other % FILTER_BITS == tid % FILTER_BITS;
-        if !(0..self.slots_used).any(|s| shares(self.threads.get(s as usize).tid)) {
+        if !(0..self.places.used).any(|place| shares(self.threads.get(place as usize).tid)) {
             let bit = tid % FILTER_BITS;
             change_bit(self.filter.word((bit / 64) as usize), bit % 64, false);
         }
-        self.free.push_back(slot.0);
+        self.places.give_back(slot.thread);
+        slot.histograms.into_iter().for_each(|place| self.histogram_places.give_back(place));
         self.followed -= 1;
+    }
+
+    /// The distributions of a thread's waits and runs since it is followed, if they are kept. Counts are modulo 2³².
+    #[must_use]
+    pub fn histograms(&self, slot: &Slot) -> Option<Histograms> {
+        slot.histograms.map(|place| self.histograms.get(place as usize))
     }
 
     /// The table entry near `near`'s place that holds `tid`, or a free one for `tid` 0.
     fn entry_for(&self, tid: u32, near: u32) -> Option<usize> {
         let start = table_start(near);
         (0..TABLE_PROBES).map(|i| (start + i) as usize % TABLE_ENTRIES).find(|&entry| {
-            let word = self.table.word(entry).load(std::sync::atomic::Ordering::Acquire);
+            let word = self.table.word(entry).load(Ordering::Acquire);
             if tid == 0 { word == 0 } else { table_slot(word, tid).is_some() }
         })
     }
@@ -268,7 +299,7 @@ impl Ebpf {
         let program = self.object.program("read_threads");
         let program = program.ok_or_else(|| EbpfError::Read("not in the object".to_owned()))?;
         let program: &RawTracePoint = program.try_into().map_err(failed)?;
-        for first in (0..self.slots_used).step_by(READ_BATCH as usize) {
+        for first in (0..self.places.used).step_by(READ_BATCH as usize) {
             let mut options = RawTracePointRunOptions::new();
             options.args[0] = u64::from(first);
             program.test_run(options).map_err(failed)?;
@@ -279,12 +310,23 @@ impl Ebpf {
     /// Figures of a thread at the last [`Ebpf::read`]; `None` if it was never seen or could not be read.
     #[must_use]
     pub fn times(&self, slot: &Slot) -> Option<ThreadTimes> {
-        let reading = self.readings.get(slot.0 as usize);
+        let reading = self.readings.get(slot.thread as usize);
         matches!(reading.status, READ_LIVE | READ_LAST).then_some(ThreadTimes {
             run_ns: reading.run_ns,
             wait_ns: reading.wait_ns,
+            on_cpu_ns: reading.on_cpu_ns,
+            sched_ns: reading.sched_ns,
             open_run_ns: reading.open_run_ns,
             open_wait_ns: reading.open_wait_ns,
+            preemptions: reading.preemptions,
+            yields: reading.yields,
+            wakeups: reading.wakeups,
+            migrations: reading.migrations,
+            doing: match reading.doing {
+                NOW_RUNNING => Doing::Running,
+                NOW_WAITING => Doing::Waiting,
+                _ => Doing::Sleeping,
+            },
             last: reading.status == READ_LAST,
         })
     }
@@ -292,7 +334,7 @@ impl Ebpf {
     /// When the followed thread started, nanoseconds after boot; `None` until it was seen.
     #[must_use]
     pub fn started_ns(&self, slot: &Slot) -> Option<u64> {
-        let started = self.readings.get(slot.0 as usize).start_boottime_ns;
+        let started = self.readings.get(slot.thread as usize).start_boottime_ns;
         (started != 0).then_some(started)
     }
 
@@ -301,7 +343,7 @@ impl Ebpf {
     fn compare_clocks(&mut self) {
         self.clock.set(0, Clock::ZERO);
         let me = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap_or(0);
-        if self.follow_as(Tid(me), ROLE_CLOCK).is_err() {
+        if self.follow_as(Tid(me), ROLE_CLOCK, Keep::Times).is_err() {
             return; // Impossible in empty tables; without the clock nothing in progress is added.
         }
         for _ in 0..50 {
