@@ -276,9 +276,49 @@ fn a_vcpu_agrees_with_schedstat_at_rest_busy_and_contended() {
     let busy = compare("busy");
     let hogs = [Hog::start(&lab, CPU).unwrap(), Hog::start(&lab, CPU).unwrap()];
     let contended = compare("contended");
+    check_culprits(&mut ebpf, &slot, &hogs);
     drop(hogs);
     assert!(busy.share[0] > contended.share[0], "the hogs took nothing");
     assert!(contended.share[1] > 20.0, "the vCPU hardly waited: {:.1} %", contended.share[1]);
+}
+
+/// While two endless loops share the vCPU's core, each is charged what it took by its own account, and the charges
+/// sum to the time waited. A vCPU that always wants to run waits whenever one of them runs.
+fn check_culprits(ebpf: &mut Ebpf, slot: &Slot, hogs: &[Hog]) {
+    let slots: Vec<Slot> = hogs.iter().map(|hog| follow(ebpf, Tid(hog.pid()))).collect();
+    let mut take = || {
+        let before = ended_waits(ebpf, slot);
+        let charges = ebpf.take_charges(slot).unwrap();
+        let on_cpu: Vec<u64> = slots.iter().map(|slot| read(ebpf, slot).1.on_cpu_ns).collect();
+        ([before, ended_waits(ebpf, slot)], charges, on_cpu)
+    };
+    let (first, _, on_cpu_before) = take();
+    std::thread::sleep(Duration::from_secs(3));
+    let (second, charges, on_cpu_after) = take();
+    let (least, most) = (second[0] - first[1], second[1] - first[0]);
+    let sum = charges.culprits.iter().map(|c| c.ns).sum::<u64>() + charges.other_ns + charges.unknown_ns;
+    println!("waited {least} to {most} ns, charged {sum} ns, of which unknown {} ns", charges.unknown_ns);
+    for c in charges.culprits.iter().filter(|c| c.ns > 0) {
+        println!("  {} {:?} {} ns", c.id, String::from_utf8_lossy(&c.comm).trim_end_matches('\0'), c.ns);
+    }
+    assert!(
+        (least - least / 100..=most + most / 100).contains(&sum),
+        "charged {sum} of {least} to {most} ns"
+    );
+    assert!(charges.unknown_ns <= most / 100, "nobody known for {} of {most} ns", charges.unknown_ns);
+    for (hog, took) in
+        hogs.iter().zip(on_cpu_after.iter().zip(on_cpu_before).map(|(after, before)| after - before))
+    {
+        let charged = charges.culprits.iter().find(|c| c.id == hog.pid()).map_or(0, |c| c.ns);
+        println!("hog {} was on the CPU for {took} ns and is charged {charged} ns", hog.pid());
+        assert!(charged.abs_diff(took) <= took / 100 + 2 * TICK_NS, "charged {charged} of {took} ns");
+    }
+}
+
+/// A wait is charged when it ends, so one in progress does not count.
+fn ended_waits(ebpf: &mut Ebpf, slot: &Slot) -> u64 {
+    let (_, times) = read(ebpf, slot);
+    times.wait_ns - times.open_wait_ns
 }
 
 fn compare_for(ebpf: &mut Ebpf, slot: &Slot, file: &ThreadReader) -> Phase {

@@ -286,6 +286,106 @@ const fn bucket_low(index: u32) -> u64 {
     }
 }
 
+/// Culprits of one thread that are told apart; what the rest took is summed.
+pub const CULPRITS: usize = 16;
+
+/// Who had the CPU while a thread waited for it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Culprit {
+    /// Process id, or thread id of a kernel thread; 0 for [`KIND_IDLE`].
+    pub id: u32,
+    /// [`KIND_PROCESS`], [`KIND_KERNEL`] or [`KIND_IDLE`].
+    pub kind: u32,
+    /// Time charged, nanoseconds by the scheduler clock; 0 = this entry is free.
+    pub ns: u64,
+    /// Name of the thread that was charged first, as the kernel has it: up to a 0 byte.
+    pub comm: [u8; 16],
+}
+
+/// A thread of a process.
+pub const KIND_PROCESS: u32 = 1;
+/// A kernel thread.
+pub const KIND_KERNEL: u32 = 2;
+/// Nobody: the CPU was idle and had to wake up.
+pub const KIND_IDLE: u32 = 3;
+
+/// Finished waits of one thread, charged to who had the CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Charges {
+    /// In the order they were first charged.
+    pub culprits: [Culprit; CULPRITS],
+    /// Charged to others than those, nanoseconds.
+    pub other_ns: u64,
+    /// Time waited for which nobody could be named, nanoseconds: on another CPU before a migration, or longer ago
+    /// than the history reaches.
+    pub unknown_ns: u64,
+}
+
+impl Charges {
+    /// Nothing charged.
+    pub const ZERO: Self = Self {
+        culprits: [Culprit { id: 0, kind: 0, ns: 0, comm: [0; 16] }; CULPRITS],
+        other_ns: 0,
+        unknown_ns: 0,
+    };
+}
+
+/// Two tables for one thread: the programs charge to the one that user space chose, user space reads the other.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChargeTables {
+    /// The one in use, 0 or 1; written by user space.
+    pub in_use: u32,
+    /// Nothing; there is no padding.
+    pub reserved: u32,
+    /// The tables.
+    pub tables: [Charges; 2],
+}
+
+impl ChargeTables {
+    /// Nothing charged.
+    pub const ZERO: Self = Self { in_use: 0, reserved: 0, tables: [Charges::ZERO; 2] };
+}
+
+/// Stints on one CPU that are remembered while somebody waits for it; a power of two.
+pub const STINTS: usize = 64;
+/// CPUs whose history is kept; waits on others have no culprits.
+pub const CPUS: u32 = 1_024;
+
+/// One thread's time on a CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stint {
+    /// Scheduler clock when it came, nanoseconds; 0 for the idle task.
+    pub begin_ns: u64,
+    /// Scheduler clock when it left, nanoseconds.
+    pub end_ns: u64,
+    /// Address of its `task_struct`.
+    pub task: u64,
+    /// Its thread id, to see whether the address still means it; 0 for the idle task.
+    pub tid: u32,
+    /// Its process id.
+    pub tgid: u32,
+    /// Its `task_struct.flags`.
+    pub flags: u32,
+    /// Nothing; there is no padding.
+    pub reserved: u32,
+}
+
+/// The last stints on one CPU that ended while somebody waited for it; only that CPU writes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct History {
+    /// Stints written so far, modulo 2³².
+    pub count: u32,
+    /// Nothing; there is no padding.
+    pub reserved: u32,
+    /// The last of them.
+    pub stints: [Stint; STINTS],
+}
+
 /// How the scheduler's clock (`rq->clock`, nanoseconds of `sched_clock`) relates to `CLOCK_MONOTONIC`, by the last
 /// comparisons.
 ///
@@ -346,8 +446,16 @@ pub struct Layout {
     pub task_last_queued: u32,
     /// `task_struct.sched_info.last_arrival`.
     pub task_last_arrival: u32,
+    /// `task_struct.tgid`.
+    pub task_tgid: u32,
+    /// `task_struct.flags`.
+    pub task_flags: u32,
+    /// `task_struct.comm`.
+    pub task_comm: u32,
     /// `cfs_rq.rq`.
     pub cfs_rq_rq: u32,
+    /// `rq.nr_running`.
+    pub rq_nr_running: u32,
     /// `rq.clock`.
     pub rq_clock: u32,
     /// `rq.clock_task`.
@@ -366,7 +474,11 @@ impl Layout {
         task_run_delay: 0,
         task_last_queued: 0,
         task_last_arrival: 0,
+        task_tgid: 0,
+        task_flags: 0,
+        task_comm: 0,
         cfs_rq_rq: 0,
+        rq_nr_running: 0,
         rq_clock: 0,
         rq_clock_task: 0,
     };
@@ -375,7 +487,9 @@ impl Layout {
 const _: () = assert!(size_of::<Thread>() == 88); // no padding
 const _: () = assert!(size_of::<Reading>() == 96);
 const _: () = assert!(size_of::<Clock>() == 40);
-const _: () = assert!(size_of::<Layout>() == 48);
+const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1064);
+const _: () = assert!(size_of::<History>() == 8 + 40 * STINTS);
+const _: () = assert!(size_of::<Layout>() == 64);
 const _: () = assert!(THREADS as usize * 4 == TABLE_ENTRIES && THREADS.is_multiple_of(READ_BATCH));
 
 #[cfg(test)]

@@ -20,7 +20,10 @@ use monitor_ebpf::{
     Table, Thread, bucket, table_slot, table_start,
 };
 
-use crate::kernel::{Address, LAYOUT, load, offset, probe};
+use crate::{
+    culprit::{charge, remember},
+    kernel::{Address, LAYOUT, load, offset, probe},
+};
 
 #[map(name = "FILTER")]
 static FILTER: Array<Filter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
@@ -48,37 +51,38 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: both are arguments of a BTF tracepoint.
     let (out, into) =
         unsafe { (load::<u32>(prev, offset(&LAYOUT.task_pid)), load::<u32>(next, offset(&LAYOUT.task_pid))) };
+    // SAFETY: each pointer was loaded through the one before, starting from a BTF tracepoint's argument.
+    let (rq, now): (Address, u64) = unsafe {
+        let cfs_rq: Address = load(prev, offset(&LAYOUT.task_cfs_rq));
+        let rq = load(cfs_rq, offset(&LAYOUT.cfs_rq_rq));
+        // Read at the start of this switch.
+        (rq, load(rq, offset(&LAYOUT.rq_clock)))
+    };
     if let Some(thread) = followed(out) {
         // As the kernel decides between `nivcsw` and `nvcsw` in `__schedule()`.
         let preempted = ctx.arg::<u32>(0) & 1 != 0 || ctx.arg::<u32>(3) == 0;
-        leave(thread, prev, clock(prev), preempted);
+        leave(thread, prev, now, preempted);
     }
     if let Some(thread) = followed(into) {
-        enter(thread, next, clock(prev));
+        // SAFETY: `next` is an argument of a BTF tracepoint. `sched_info_arrive()` clears this just afterwards.
+        let queued: u64 = unsafe { load(next, offset(&LAYOUT.task_last_queued)) };
+        if let (Some(place), true) = (thread.histograms.checked_sub(1), queued != 0 && queued < now) {
+            // SAFETY: `prev` is an argument of a BTF tracepoint.
+            unsafe { charge(place, prev, queued, now) };
+        }
+        enter(thread, next, now);
     }
+    // Last, so that the history holds only what is over when a wait is charged.
+    // SAFETY: `prev` is an argument of a BTF tracepoint, and `rq` was loaded through it.
+    unsafe { remember(prev, rq) };
     0
-}
-
-/// The clock of this CPU's run queue, nanoseconds: read at the start of this switch.
-#[inline(always)]
-fn clock(prev: Address) -> u64 {
-    // SAFETY: each pointer was loaded through the one before, starting from a BTF tracepoint's argument.
-    unsafe {
-        let cfs_rq: Address = load(prev, offset(&LAYOUT.task_cfs_rq));
-        let rq: Address = load(cfs_rq, offset(&LAYOUT.cfs_rq_rq));
-        load(rq, offset(&LAYOUT.rq_clock))
-    }
 }
 
 #[inline(always)]
 fn leave(thread: &mut Thread, task: Address, now: u64, preempted: bool) {
     // SAFETY: `task` is an argument of a BTF tracepoint.
-    let (run, wait, arrived): (u64, u64, u64) = unsafe {
-        (
-            load(task, offset(&LAYOUT.task_sum_exec_runtime)),
-            load(task, offset(&LAYOUT.task_run_delay)),
-            load(task, offset(&LAYOUT.task_last_arrival)),
-        )
+    let (run, wait): (u64, u64) = unsafe {
+        (load(task, offset(&LAYOUT.task_sum_exec_runtime)), load(task, offset(&LAYOUT.task_run_delay)))
     };
     if thread.state == STATE_ON_CPU
         && let Some(histograms) = histograms(thread)
@@ -88,6 +92,12 @@ fn leave(thread: &mut Thread, task: Address, now: u64, preempted: bool) {
             count(&mut histograms.wait, wait.wrapping_sub(thread.wait_ns));
         }
     }
+    let arrived = if thread.state == STATE_ON_CPU {
+        thread.since_ns
+    } else {
+        // SAFETY: `task` is an argument of a BTF tracepoint.
+        unsafe { load(task, offset(&LAYOUT.task_last_arrival)) }
+    };
     let sequence = begin(thread);
     let on_cpu_ns = thread.on_cpu_ns.wrapping_add(now.wrapping_sub(arrived));
     set(&mut thread.on_cpu_ns, on_cpu_ns);

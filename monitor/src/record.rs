@@ -673,6 +673,9 @@ impl Serialize for Entity<'_> {
                     map.serialize_entry(name, histogram)?;
                 }
             }
+            if let Some(culprits) = &detail.preempted_by {
+                map.serialize_entry("preempted_by", culprits)?;
+            }
             if let Some(state) = detail.state {
                 map.serialize_entry("state", state)?;
             }
@@ -951,7 +954,7 @@ fn memory_schema(_: &mut SchemaGenerator) -> Schema {
     entity_schema(Scope::Memory, &[], &derived)
 }
 
-fn vcpus_schema(_: &mut SchemaGenerator) -> Schema {
+fn vcpus_schema(generator: &mut SchemaGenerator) -> Schema {
     let number = json_schema!({ "type": "integer", "minimum": 0 });
     let bucket = json_schema!({
         "type": "array", "items": { "type": "integer", "minimum": 0 }, "minItems": 3, "maxItems": 3
@@ -965,6 +968,7 @@ fn vcpus_schema(_: &mut SchemaGenerator) -> Schema {
     let derived = [
         ("wait_hist_ns", histogram("waits")),
         ("run_hist_ns", histogram("runs")),
+        ("preempted_by", generator.subschema_for::<Vec<crate::sample::PreemptedBy>>()),
         ("state", json_schema!({ "enum": ["running", "waiting", "sleeping"] })),
     ];
     array_of(entity_schema(Scope::Vcpu, &[("vcpu", number.clone()), ("tid", number)], &derived))

@@ -131,6 +131,42 @@ pub struct VcpuDetail {
     pub wait_hist: Option<Vec<[u64; 3]>>,
     /// Runs that ended since the last histogram, likewise.
     pub run_hist: Option<Vec<[u64; 3]>>,
+    /// Who had the CPU during those waits, the most first.
+    pub preempted_by: Option<Vec<PreemptedBy>>,
+}
+
+/// Who had a CPU that a vCPU waited for.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
+pub struct PreemptedBy {
+    /// Name: of the domain, else of the first thread of the process that was charged; text others may have chosen.
+    pub who: String,
+    /// What it is.
+    pub kind: CulpritKind,
+    /// Its process id (thread id of a kernel thread), if it is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Time it had the CPU while the vCPU waited, nanoseconds.
+    pub ns: u64,
+}
+
+/// What had a CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CulpritKind {
+    /// A thread of a domain: another one's, or this one's own.
+    Vm,
+    /// A vhost kernel thread.
+    Vhost,
+    /// A process of the host.
+    Process,
+    /// A kernel thread.
+    Kthread,
+    /// Nobody: the CPU was idle and had to wake up.
+    Idle,
+    /// Those beyond the ones that are told apart.
+    Other,
+    /// Not known.
+    Unknown,
 }
 
 /// All values of one domain.

@@ -146,7 +146,13 @@ impl Monitor {
         let log = stream.with_file_name("monitor.log");
         let stderr = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
         let mut command = lab.command(program);
-        command.arg("run").args(CADENCE).arg("--output").arg(stream).stderr(stderr);
+        command
+            .arg("run")
+            .args(["--domain", DOMAIN])
+            .args(CADENCE)
+            .arg("--output")
+            .arg(stream)
+            .stderr(stderr);
         let child = command.spawn().with_context(|| format!("cannot start {}", program.display()))?;
         Ok(Self { child, log })
     }

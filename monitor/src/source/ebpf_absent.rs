@@ -32,7 +32,9 @@ pub enum Keep {
     TimesAndHistograms,
 }
 
-pub use monitor_ebpf::{BUCKETS, Histogram, Histograms, bucket_range};
+pub use monitor_ebpf::{
+    BUCKETS, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, bucket_range,
+};
 
 /// Runs of a program.
 #[derive(Clone, Copy, Debug)]
@@ -106,6 +108,12 @@ impl Ebpf {
     /// None exists.
     #[must_use]
     pub fn histograms(&self, _: &Slot) -> Option<Histograms> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn take_charges(&self, _: &Slot) -> Option<Charges> {
         match *self {}
     }
 }

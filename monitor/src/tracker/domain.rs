@@ -7,9 +7,9 @@ use crate::{
     ledger::{Ledger, Parts, new_in_histogram},
     metric::{Metric, Scope},
     record::Subject,
-    sample::{DomainSample, ReadClass, Values, VcpuDetail},
+    sample::{CulpritKind, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail},
     source::{
-        ebpf::{Ebpf, Histograms, Slot, ThreadTimes},
+        ebpf::{Culprit, Ebpf, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, Slot, ThreadTimes},
         libvirt::stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats},
         procfs::{ProcessReader, ProcfsError, ThreadReader},
     },
@@ -136,7 +136,7 @@ impl Tracked {
     }
 
     /// Returns how many readings were discarded because they cannot be.
-    pub(super) fn put_ebpf(&mut self, ebpf: &Ebpf, window: Window) -> u64 {
+    pub(super) fn put_ebpf(&mut self, ebpf: &Ebpf, window: Window, names: &Names) -> u64 {
         if self.threads.iter().all(|t| t.slot.is_none()) {
             return 0;
         }
@@ -157,6 +157,7 @@ impl Tracked {
             }
             if with_histograms {
                 thread.put_histograms(ebpf, detail);
+                thread.put_culprits(ebpf, names, detail);
             }
         }
         self.sample.cpu.put_some(SourceKind::Ebpf, Metric::CpuVcpuRun, run_sum.map(Nanos));
@@ -257,6 +258,43 @@ impl Thread {
         detail.run_hist = Some(new_in_histogram(&before.run, &now.run));
         **before = now;
     }
+}
+
+/// Names of the domains by QEMU's process id.
+pub(super) type Names = std::collections::HashMap<u32, String>;
+
+impl Thread {
+    fn put_culprits(&self, ebpf: &Ebpf, names: &Names, detail: &mut VcpuDetail) {
+        let Some(charges) = self.slot.as_ref().and_then(|slot| ebpf.take_charges(slot)) else { return };
+        let mut list: Vec<_> =
+            charges.culprits.iter().filter(|c| c.ns > 0).map(|c| preempted_by(c, names)).collect();
+        list.sort_by_key(|culprit| std::cmp::Reverse(culprit.ns));
+        let rest = [
+            ("other", CulpritKind::Other, charges.other_ns),
+            ("unknown", CulpritKind::Unknown, charges.unknown_ns),
+        ];
+        for (who, kind, ns) in rest.into_iter().filter(|(_, _, ns)| *ns > 0) {
+            list.push(PreemptedBy { who: who.to_owned(), kind, pid: None, ns });
+        }
+        detail.preempted_by = Some(list);
+    }
+}
+
+fn preempted_by(culprit: &Culprit, names: &Names) -> PreemptedBy {
+    let comm = culprit.comm.split(|b| *b == 0).next().unwrap_or_default();
+    let comm = match String::from_utf8_lossy(comm) {
+        name if name.is_empty() => "exited".to_owned(),
+        name => name.into_owned(),
+    };
+    let (kind, who) = match (culprit.kind, names.get(&culprit.id)) {
+        (KIND_IDLE, _) => (CulpritKind::Idle, "idle".to_owned()),
+        (KIND_PROCESS, Some(domain)) => (CulpritKind::Vm, domain.clone()),
+        (KIND_PROCESS, None) => (CulpritKind::Process, comm),
+        (KIND_KERNEL, _) if comm.starts_with("vhost-") => (CulpritKind::Vhost, comm),
+        (KIND_KERNEL, _) => (CulpritKind::Kthread, comm),
+        _ => (CulpritKind::Unknown, comm),
+    };
+    PreemptedBy { who, kind, pid: (culprit.kind != KIND_IDLE).then_some(culprit.id), ns: culprit.ns }
 }
 
 fn put_vcpu(values: &mut Values, times: &ThreadTimes, parts: &Parts) {

@@ -7,8 +7,8 @@ mod domain;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use self::domain::Thread;
 pub use self::domain::Tracked;
+use self::domain::{Names, Thread};
 use crate::{
     inventory::{Domain, DomainState, FoundBy, Owner, QemuProcess},
     record::{Change, EventKind},
@@ -105,6 +105,8 @@ pub struct Tracker {
     notices: Vec<Notice>,
     counts: [ReadCount; SourceKind::COUNT],
     buffer: Vec<u8>,
+    /// Every QEMU process found, whether its domain is wanted or not: who took a CPU is named in any case.
+    names: Names,
     full_reported: bool,
     ebpf_failed: bool,
 }
@@ -123,6 +125,7 @@ impl Tracker {
             notices: Vec::new(),
             counts: Default::default(),
             buffer: vec![0; 4096],
+            names: Names::new(),
             full_reported: false,
             ebpf_failed: false,
         }
@@ -180,6 +183,8 @@ impl Tracker {
     }
 
     fn process_found(&mut self, found: FoundQemu) {
+        let name = found.args.name.clone().unwrap_or_else(|| format!("qemu-{}", found.process.tgid));
+        self.names.insert(found.process.tgid.0, name);
         let uuid = found.args.uuid.unwrap_or_else(|| made_up_uuid(found.process));
         let i = match self.domains.iter().position(|t| t.domain.uuid == uuid) {
             Some(i) => i,
@@ -205,6 +210,7 @@ impl Tracker {
     }
 
     fn process_ended(&mut self, process: QemuProcess) {
+        self.names.remove(&process.tgid.0);
         let Some(i) = self.domains.iter().position(|t| t.domain.process == Some(process)) else { return };
         if self.domains[i].listed_by_libvirt {
             self.release(i, "its QEMU process ended");
@@ -389,7 +395,7 @@ impl Tracker {
         self.ebpf_failed = window.is_err();
         match window {
             Ok(window) => {
-                let lost: u64 = self.domains.iter_mut().map(|t| t.put_ebpf(ebpf, window)).sum();
+                let lost: u64 = self.domains.iter_mut().map(|t| t.put_ebpf(ebpf, window, &self.names)).sum();
                 let count = self.count(SourceKind::Ebpf);
                 count.reads += 1;
                 count.lost += lost;

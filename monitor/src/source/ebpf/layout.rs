@@ -43,7 +43,11 @@ pub fn resolve(btf_file: &Path) -> Result<Layout, LayoutError> {
         task_run_delay: at("task_struct", "sched_info.run_delay")?,
         task_last_queued: at("task_struct", "sched_info.last_queued")?,
         task_last_arrival: at("task_struct", "sched_info.last_arrival")?,
+        task_tgid: at("task_struct", "tgid")?,
+        task_flags: at("task_struct", "flags")?,
+        task_comm: at("task_struct", "comm")?,
         cfs_rq_rq: at("cfs_rq", "rq")?,
+        rq_nr_running: at("rq", "nr_running")?,
         rq_clock: at("rq", "clock")?,
         rq_clock_task: at("rq", "clock_task")?,
     })

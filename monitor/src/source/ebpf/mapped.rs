@@ -47,11 +47,17 @@ impl<T: Copy> Mapped<T> {
         unsafe { self.at(index).write_volatile(value) }
     }
 
-    /// The 64-bit word `word` of value 0, for values that are arrays of words.
+    /// The 64-bit word `word` of value `index`, for values that are made of words.
+    pub(super) fn word_of(&self, index: usize, word: usize) -> &AtomicU64 {
+        assert!((word + 1) * 8 <= size_of::<T>(), "word {word} outside of the value");
+        // SAFETY: inside the mapping (checked), aligned (values are multiples of 8 bytes from a page on), and only
+        // ever accessed atomically.
+        unsafe { AtomicU64::from_ptr(self.at(index).cast::<u64>().add(word)) }
+    }
+
+    /// The 64-bit word `word` of value 0.
     pub(super) fn word(&self, word: usize) -> &AtomicU64 {
-        assert!((word + 1) * 8 <= self.len * size_of::<T>(), "word {word} outside of the map");
-        // SAFETY: inside the mapping (checked), aligned (pages are), and only ever accessed atomically.
-        unsafe { AtomicU64::from_ptr(self.base.as_ptr().cast::<u64>().add(word)) }
+        self.word_of(0, word)
     }
 
     fn at(&self, index: usize) -> *mut T {

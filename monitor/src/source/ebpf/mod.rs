@@ -17,11 +17,13 @@ use aya::{
     maps::{Map, MapData},
     programs::{BtfTracePoint, Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
-pub use monitor_ebpf::{BUCKETS, Histogram, Histograms, bucket_range};
+pub use monitor_ebpf::{
+    BUCKETS, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, bucket_range,
+};
 use monitor_ebpf::{
-    COMPARISONS, Clock, FILTER_BITS, Filter, HISTOGRAMS, Layout, NOW_RUNNING, NOW_WAITING, READ_BATCH,
-    READ_LAST, READ_LIVE, ROLE_CLOCK, ROLE_FOLLOWED, Reading, TABLE_ENTRIES, TABLE_PROBES, THREADS, Table,
-    Thread, table_entry, table_slot, table_start,
+    COMPARISONS, ChargeTables, Clock, FILTER_BITS, Filter, HISTOGRAMS, Layout, NOW_RUNNING, NOW_WAITING,
+    READ_BATCH, READ_LAST, READ_LIVE, ROLE_CLOCK, ROLE_FOLLOWED, Reading, TABLE_ENTRIES, TABLE_PROBES,
+    THREADS, Table, Thread, table_entry, table_slot, table_start,
 };
 
 use self::{
@@ -132,6 +134,7 @@ pub struct Ebpf {
     readings: Mapped<Reading>,
     clock: Mapped<Clock>,
     histograms: Mapped<Histograms>,
+    charges: Mapped<ChargeTables>,
     places: Places,
     histogram_places: Places,
     followed: usize,
@@ -175,6 +178,7 @@ impl Ebpf {
             readings: map(&object, "READINGS", THREADS as usize)?,
             clock: map(&object, "CLOCK", 1)?,
             histograms: map(&object, "HISTOGRAMS", HISTOGRAMS as usize)?,
+            charges: map(&object, "CHARGES", HISTOGRAMS as usize)?,
             object,
             states,
             places: Places::default(),
@@ -223,6 +227,7 @@ impl Ebpf {
         };
         if let Some(histograms) = histograms {
             self.histograms.set(histograms as usize, Histograms::ZERO);
+            self.charges.set(histograms as usize, ChargeTables::ZERO);
         }
         self.readings.set(place as usize, Reading::ZERO);
         let thread = Thread { tid: tid.0, role, histograms: histograms.map_or(0, |h| h + 1), ..Thread::ZERO };
@@ -257,6 +262,20 @@ impl Ebpf {
     #[must_use]
     pub fn histograms(&self, slot: &Slot) -> Option<Histograms> {
         slot.histograms.map(|place| self.histograms.get(place as usize))
+    }
+
+    /// Takes what was charged for the thread's waits since the last call: the programs go on in another table.
+    #[must_use]
+    pub fn take_charges(&self, slot: &Slot) -> Option<Charges> {
+        let place = slot.histograms? as usize;
+        let in_use = self.charges.word_of(place, 0).load(Ordering::Relaxed) & 1;
+        let other = 1 - in_use;
+        for word in 0..size_of::<Charges>() / 8 {
+            let at = 1 + usize::from(other == 1) * (size_of::<Charges>() / 8) + word;
+            self.charges.word_of(place, at).store(0, Ordering::Relaxed);
+        }
+        self.charges.word_of(place, 0).store(other, Ordering::Release);
+        Some(self.charges.get(place).tables[usize::from(in_use == 1)])
     }
 
     /// The table entry near `near`'s place that holds `tid`, or a free one for `tid` 0.
