@@ -35,17 +35,19 @@ pub fn rate(before: (u64, Window), now: (u64, Window)) -> Result<Rate, NoRate> {
         return Err(NoRate::NoTime);
     }
     let shortest = w2.begin.since(w1.end);
-    let middle = longest.midpoint(shortest);
+    let (change, longest, shortest) = (real(change), real(longest), real(shortest));
+    let per_second = |ns: f64| change / (ns / 1e9);
     Ok(Rate {
-        low: per_second(change, longest),
-        mid: per_second(change, middle),
-        high: per_second(change, shortest),
+        low: per_second(longest),
+        // Halved as a real number: half of 1 ns is not 0, so that `mid` is always finite.
+        mid: per_second(f64::midpoint(longest, shortest)),
+        high: if shortest > 0.0 { per_second(shortest) } else { f64::INFINITY },
     })
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a rate is an approximate number; 53 bits are plenty")]
-fn per_second(change: u64, ns: u64) -> f64 {
-    change as f64 / (ns as f64 / 1e9)
+fn real(number: u64) -> f64 {
+    number as f64
 }
 
 #[cfg(test)]
@@ -62,6 +64,14 @@ mod tests {
         let r = rate((100, window(0, 100_000_000)), (1_100, window(1_000_000_000, 1_100_000_000))).unwrap();
         assert!((r.low - 1_000.0 / 1.1).abs() < 1e-9 && (r.mid - 1_000.0).abs() < 1e-9);
         assert!((r.high - 1_000.0 / 0.9).abs() < 1e-9);
+    }
+
+    #[test]
+    fn touching_windows_leave_the_rate_unbounded_above_but_finite() {
+        for (change, end) in [(0, 1), (7, 1), (7, 2)] {
+            let r = rate((0, window(0, end)), (change, window(end, end))).unwrap();
+            assert!(r.low <= r.mid && r.mid.is_finite() && r.high == f64::INFINITY, "{change} {end}: {r:?}");
+        }
     }
 
     #[test]
