@@ -111,7 +111,7 @@ impl Connection {
         // SAFETY: `name` is a NUL-terminated string that lives over the call, which keeps no reference to it.
         let raw = unsafe { sys::virConnectOpenReadOnly(name.as_ptr()) };
         if raw.is_null() {
-            return Err(LibvirtError::Open { uri: uri.to_owned(), source: CallError::last() });
+            return Err(LibvirtError::Open { uri: uri.to_owned(), error: CallError::last() });
         }
         Ok(Self { raw })
     }

@@ -27,12 +27,12 @@ impl CallError {
 #[derive(Debug, thiserror::Error)]
 pub enum LibvirtError {
     /// No connection.
-    #[error("{}", describe_open_error(uri, source))]
+    #[error("{}", describe_open_error(uri, error))]
     Open {
         /// The connection URI.
         uri: String,
-        /// libvirt's reason; part of the text above, so not a `#[source]` of its own.
-        source: CallError,
+        /// libvirt's reason; part of the text above, so not named `source`, which would print it twice.
+        error: CallError,
     },
     /// A URI that cannot be handed to libvirt.
     #[error("the connection URI {uri:?} holds a NUL byte")]
