@@ -131,6 +131,9 @@ pub enum SchemaFormat {
     Markdown,
 }
 
+/// Longest duration taken: far from where sums of durations and clocks overflow.
+const LONGEST: Duration = Duration::from_secs(100 * 366 * 86_400);
+
 /// A duration as `500ms`, `10s`, `5m`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Period(pub Duration);
@@ -140,8 +143,9 @@ impl FromStr for Period {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match humantime::parse_duration(text) {
-            Ok(duration) if !duration.is_zero() => Ok(Self(duration)),
-            Ok(_) => Err("must be longer than 0".to_owned()),
+            Ok(duration) if duration.is_zero() => Err("must be longer than 0".to_owned()),
+            Ok(duration) if duration > LONGEST => Err("must be 100 years at most".to_owned()),
+            Ok(duration) => Ok(Self(duration)),
             Err(error) => Err(format!("{error}; write for example 500ms, 10s or 5m")),
         }
     }
@@ -179,6 +183,9 @@ pub enum ConfigError {
     /// Nothing is left to measure with.
     #[error("--probes without any group and --ebpf require contradict each other")]
     NoProbes,
+    /// Probes are asked for and forbidden.
+    #[error("--probes and --ebpf off contradict each other: leave out one of them")]
+    ProbesOff,
 }
 
 impl Config {
@@ -195,6 +202,7 @@ impl Config {
         let no_probes = args.probes.as_ref().is_some_and(|p| !p.contains(&Probes::Sched));
         let ebpf = match (args.sources.ebpf, no_probes) {
             (Mode::Require, true) => return Err(ConfigError::NoProbes),
+            (Mode::Off, _) if args.probes.is_some() => return Err(ConfigError::ProbesOff),
             (_, true) => Mode::Off,
             (mode, false) => mode,
         };
@@ -249,6 +257,8 @@ mod tests {
         };
         check("--interval 9ms", "10ms is the least");
         check("--interval 0s", "longer than 0");
+        check("--duration 500000000000y", "100 years");
+        check("--ebpf off --probes sched", "contradict");
         check("--interval abc", "write for example");
         check("--ebpf maybe", "possible values");
         check("--no-such-option", "unexpected argument");
