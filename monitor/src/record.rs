@@ -11,6 +11,7 @@ use serde::{
     Serialize, Serializer,
     ser::{SerializeMap as _, SerializeSeq as _},
 };
+use serde_json::Value;
 
 use crate::{
     inventory::{self, Observable},
@@ -879,7 +880,42 @@ pub fn schema() -> Schema {
     let mut schema = settings.into_generator().into_root_schema_for::<Record<'static>>();
     schema.insert("title".to_owned(), "kvm-monitor stream line".into());
     schema.insert("$id".to_owned(), format!("urn:kvm-monitor:stream:{SCHEMA_VERSION}").into());
+    close(&mut schema);
     schema
+}
+
+/// The program writes no key that the schema it prints does not name, and no `null`: a missing value is a missing
+/// key. The schema says so, that a validator finds what breaks it.
+fn close(schema: &mut Schema) {
+    let mut lines = Vec::new();
+    for line in schema.get_mut("oneOf").and_then(Value::as_array_mut).into_iter().flatten() {
+        // The keys of a line are its `type` and those of the definition it refers to.
+        line["unevaluatedProperties"] = false.into();
+        lines.extend(line["$ref"].as_str().and_then(|r| r.strip_prefix("#/$defs/")).map(str::to_owned));
+    }
+    for (name, def) in schema.get_mut("$defs").and_then(Value::as_object_mut).into_iter().flatten() {
+        let Some(properties) = def.get_mut("properties").and_then(Value::as_object_mut) else { continue };
+        properties.values_mut().for_each(forbid_null);
+        if !lines.contains(name) {
+            def["additionalProperties"] = false.into();
+        }
+    }
+}
+
+/// Undoes what schemars makes of an `Option`.
+fn forbid_null(property: &mut Value) {
+    let Some(property) = property.as_object_mut() else { return };
+    if let Some(types) = property.get_mut("type").and_then(Value::as_array_mut) {
+        types.retain(|t| t != "null");
+        if let [one] = types.as_mut_slice() {
+            let one = one.take();
+            property.insert("type".to_owned(), one);
+        }
+    }
+    if let Some(Value::Array(choices)) = property.remove("anyOf") {
+        let choice = choices.into_iter().find(|c| c["type"] != "null");
+        property.extend(choice.into_iter().filter_map(|c| c.as_object().cloned()).flatten());
+    }
 }
 
 fn windows_schema(_: &mut SchemaGenerator) -> Schema {
