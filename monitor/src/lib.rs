@@ -40,6 +40,13 @@ pub mod source;
 pub mod tracker;
 pub mod units;
 
+/// Whether a character may change how the text around it looks on a terminal or where a line ends: a control
+/// character, a line separator or a switch of the writing direction.
+#[must_use]
+pub fn is_disruptive(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 /// An error with its causes, joined in one line.
 #[must_use]
 pub fn one_line(error: &dyn std::error::Error) -> String {

@@ -75,7 +75,9 @@ fn json_line(domain: &Domain) -> String {
         epoch: 0,
         domain: record::Domain::new(domain, std::collections::BTreeMap::new()),
     });
-    serde_json::to_string(&record).map_or_else(|e| e.to_string(), |line| line + "\n")
+    let mut line = Vec::new();
+    record.write_line(&mut line);
+    String::from_utf8(line).expect("JSON is UTF-8")
 }
 
 fn describe(text: &mut String, domain: &Domain) {
@@ -130,10 +132,10 @@ fn blind(observable: &Observable) -> String {
     }
 }
 
-/// Text that somebody else chose, safe for a terminal: control characters are shown as escapes.
+/// Text that somebody else chose, safe for a terminal.
 fn visible(text: &str) -> String {
     text.chars()
-        .flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
+        .flat_map(|c| if crate::is_disruptive(c) { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
         .collect()
 }
 
@@ -143,6 +145,6 @@ mod tests {
 
     #[test]
     fn control_characters_do_not_reach_the_terminal() {
-        assert_eq!(visible("a\u{1b}[31mb\n\u{9b}é"), "a\\u{1b}[31mb\\n\\u{9b}é");
+        assert_eq!(visible("a\u{1b}[31mb\n\u{9b}é\u{202e}"), "a\\u{1b}[31mb\\n\\u{9b}é\\u{202e}");
     }
 }

@@ -4,7 +4,7 @@
 //! never 0 or `null`. Adding a field is compatible; renaming one or changing a unit raises [`SCHEMA_VERSION`].
 //! Knows how numbers are written, not where they came from.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{
@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::{
     inventory::{self, Observable},
+    is_disruptive,
     metric::{Kind, METRICS, Metric, MetricDef, Scope},
     model::{self, rate},
     sample::{DomainSample, ReadClass, Values},
@@ -775,6 +776,32 @@ impl Record<'_> {
             Record::Health(_) => "health",
             Record::Summary(_) => "summary",
         }
+    }
+
+    /// Appends the line, its end included.
+    ///
+    /// # Panics
+    /// Never: only a map key that is not text could fail, and there is none.
+    pub fn write_line(&self, line: &mut Vec<u8>) {
+        let mut to = serde_json::Serializer::with_formatter(&mut *line, Plain);
+        self.serialize(&mut to).expect("every map key is text");
+        line.push(b'\n');
+    }
+}
+
+/// JSON that can also be looked at: serde_json escapes control characters up to U+001F, this the others, some of
+/// which steer terminals (U+009B) or end lines for some readers (U+0085, U+2028).
+struct Plain;
+
+impl serde_json::ser::Formatter for Plain {
+    fn write_string_fragment<W: io::Write + ?Sized>(&mut self, to: &mut W, text: &str) -> io::Result<()> {
+        if text.bytes().all(|b| b < 0x7f) {
+            return to.write_all(text.as_bytes());
+        }
+        for c in text.chars() {
+            if is_disruptive(c) { write!(to, "\\u{:04x}", u32::from(c))? } else { write!(to, "{c}")? }
+        }
+        Ok(())
     }
 }
 

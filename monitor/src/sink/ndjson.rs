@@ -114,13 +114,7 @@ impl Ndjson {
         }
         let mut line = self.used.try_recv().unwrap_or_default();
         line.clear();
-        if let Err(error) = serde_json::to_writer(&mut line, record) {
-            // Only a map key that is not text could fail, and there is none.
-            tracing::error!(%error, record = record.name(), "record not written");
-            self.dropped += 1;
-            return;
-        }
-        line.push(b'\n');
+        record.write_line(&mut line);
         self.queued.fetch_add(line.len(), Ordering::Relaxed);
         let sent = self.lines.as_ref().is_some_and(|lines| lines.send(line).is_ok());
         if sent {
