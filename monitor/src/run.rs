@@ -61,6 +61,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = &'static str>) -
         End::Sink(SinkEnd::ReaderLeft) => return Ok(()),
         End::Sink(SinkEnd::Failed(error)) => return Err(error.into()),
     };
+    tracing::info!(reason, "stopping");
     runner.last_lines(reason);
     runner.sink.finish(LAST_LINES).await?;
     Ok(())
@@ -130,6 +131,7 @@ impl Runner {
         }
         this.write_session(ebpf_reason, session_probes);
         this.write_notices();
+        tracing::info!(domains = this.tracker.domains().len(), interval = ?this.config.interval, "streaming");
         Ok(this)
     }
 
@@ -198,6 +200,7 @@ impl Runner {
         self.ask_libvirt(now);
         self.write_notices();
         self.write_samples(Tick { wall: jiff::Timestamp::now(), mono: now, interval_ns });
+        tracing::debug!(number = self.ticks, interval_ns, domains = self.tracker.domains().len(), "tick");
     }
 
     fn count_tick(&mut self, interval_ns: u64) {
