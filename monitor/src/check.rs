@@ -40,7 +40,7 @@ fn line(text: &mut String, name: &str, works: Result<&str, &str>) {
         Ok(detail) => ("yes", detail),
         Err(reason) => ("NO", reason),
     };
-    let _ = writeln!(text, "{name:<22} {mark:<4} {detail}");
+    let _ = writeln!(text, "{name:<22} {mark:<4} {}", crate::visible(detail));
 }
 
 fn check_ebpf(text: &mut String, mode: Mode) -> bool {

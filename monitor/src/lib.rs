@@ -47,6 +47,14 @@ pub fn is_disruptive(c: char) -> bool {
     c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
+/// Text that somebody else chose, safe for a terminal: what is disruptive is shown as an escape.
+#[must_use]
+pub fn visible(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| if is_disruptive(c) { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
+        .collect()
+}
+
 /// An error with its causes, joined in one line.
 #[must_use]
 pub fn one_line(error: &dyn std::error::Error) -> String {
@@ -57,4 +65,14 @@ pub fn one_line(error: &dyn std::error::Error) -> String {
         cause = e.source();
     }
     text.split('\n').map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::visible;
+
+    #[test]
+    fn what_steers_a_terminal_becomes_visible() {
+        assert_eq!(visible("a\u{1b}[31mb\n\u{9b}é\u{202e}"), "a\\u{1b}[31mb\\n\\u{9b}é\\u{202e}");
+    }
 }

@@ -9,6 +9,7 @@ use crate::{
     source::libvirt::{self, LibvirtError},
     tracker::{Tracker, Wanted},
     units::MonotonicNs,
+    visible,
 };
 
 /// How long libvirt gets to answer.
@@ -129,22 +130,5 @@ fn blind(observable: &Observable) -> String {
     match observable {
         Observable::Yes => String::new(),
         Observable::No(reason) => format!("; not observable: {reason}"),
-    }
-}
-
-/// Text that somebody else chose, safe for a terminal.
-fn visible(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| if crate::is_disruptive(c) { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::visible;
-
-    #[test]
-    fn control_characters_do_not_reach_the_terminal() {
-        assert_eq!(visible("a\u{1b}[31mb\n\u{9b}é\u{202e}"), "a\\u{1b}[31mb\\n\\u{9b}é\\u{202e}");
     }
 }
