@@ -79,6 +79,8 @@ struct Runner {
     sink: Ndjson,
     started: MonotonicNs,
     last_tick: Option<MonotonicNs>,
+    /// When the last tick should have been.
+    last_due: Option<Instant>,
     looked: MonotonicNs,
     ticks: u64,
     ticks_missed: u64,
@@ -118,6 +120,7 @@ impl Runner {
             sink: Ndjson::open(&config.output)?,
             started: now,
             last_tick: None,
+            last_due: None,
             looked: now,
             ticks: 0,
             ticks_missed: 0,
@@ -177,7 +180,7 @@ impl Runner {
                 biased;
                 reason = &mut shutdown => return End::Stop(reason),
                 sink_end = self.sink.ended() => return End::Sink(sink_end),
-                _ = ticks.tick() => self.tick(),
+                due = ticks.tick() => self.tick(due),
                 update = next_update(&mut self.libvirt) => self.libvirt_says(update),
                 _ = health.tick() => self.write_health(),
                 () = sleep_until(end) => return End::Stop("the time given by --duration is over"),
@@ -185,11 +188,14 @@ impl Runner {
         }
     }
 
-    fn tick(&mut self) {
+    fn tick(&mut self, due: Instant) {
         let now = MonotonicNs::now();
         let interval_ns = self.last_tick.map_or(duration_ns(self.config.interval), |last| now.since(last));
-        self.count_tick(interval_ns);
         self.last_tick = Some(now);
+        self.ticks += 1;
+        if let Some(last) = self.last_due.replace(due) {
+            self.ticks_missed += skipped(due - last, self.config.interval);
+        }
         if now.since(self.looked) >= duration_ns(LOOK_INTERVAL) {
             self.looked = now;
             self.tracker.look();
@@ -201,15 +207,6 @@ impl Runner {
         self.write_notices();
         self.write_samples(Tick { wall: jiff::Timestamp::now(), mono: now, interval_ns });
         tracing::debug!(number = self.ticks, interval_ns, domains = self.tracker.domains().len(), "tick");
-    }
-
-    fn count_tick(&mut self, interval_ns: u64) {
-        self.ticks += 1;
-        if self.last_tick.is_some() {
-            let due = duration_ns(self.config.interval);
-            // A tick that comes late by half an interval or more stands for those that were skipped.
-            self.ticks_missed += (interval_ns + due / 2) / due - 1;
-        }
     }
 
     /// Says once that the kernel programs cannot be read any more, and once that they can again.
@@ -428,6 +425,13 @@ async fn next_update(libvirt: &mut Option<LibvirtState>) -> Update {
     }
 }
 
+/// How many ticks were left out between two that were due so far apart. Counts by when ticks were due, not by when
+/// they came: a late one is followed by one that is in time again, less than an interval later.
+fn skipped(apart: Duration, interval: Duration) -> u64 {
+    let intervals = apart.as_nanos() / interval.as_nanos().max(1);
+    u64::try_from(intervals).unwrap_or(u64::MAX).saturating_sub(1)
+}
+
 async fn sleep_until(end: Option<Instant>) {
     match end {
         Some(end) => tokio::time::sleep_until(end).await,
@@ -479,4 +483,17 @@ fn own_rss_bytes() -> Option<u64> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
     pages.checked_mul(u64::try_from(rustix::param::page_size()).ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_left_out_are_counted() {
+        for (apart_ms, expected) in [(0, 0), (10, 0), (20, 1), (60, 5)] {
+            let apart = Duration::from_millis(apart_ms);
+            assert_eq!(skipped(apart, Duration::from_millis(10)), expected, "{apart:?}");
+        }
+    }
 }
