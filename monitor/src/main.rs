@@ -1,7 +1,7 @@
 //! The program: parses the command line, sets up logs, calls the library, and turns errors into one line and an
 //! exit status: 0 done, 1 a comparison exceeded its limit, 2 error.
 
-use std::{io::Write as _, process::ExitCode};
+use std::io::Write as _;
 
 use anyhow::Context as _;
 use clap::Parser as _;
@@ -14,19 +14,28 @@ use monitor::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-fn main() -> ExitCode {
+/// Exit statuses; 1 is for a comparison that exceeded its limit.
+const DONE: u8 = 0;
+const ERROR: u8 = 2;
+
+fn main() {
     let cli = Cli::parse();
     set_up_logs(cli.verbose);
-    match dispatch(cli.command) {
-        Ok(status) => status,
-        Err(error) => {
-            tracing::error!("{}", monitor::one_line(error.as_ref()));
-            ExitCode::from(2)
-        }
-    }
+    let status = dispatch(cli.command).unwrap_or_else(|error| {
+        tracing::error!("{}", monitor::one_line(error.as_ref()));
+        ERROR
+    });
+    leave(status)
 }
 
-fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
+/// Ends the process here and now. The thread that talks to libvirt may be in the middle of it, and `exit` would run
+/// the destructors of the libraries it uses under its feet: it crashed in OpenSSL now and then.
+fn leave(status: u8) -> ! {
+    // SAFETY: no requirement; what was written to the outputs has been flushed.
+    unsafe { libc::_exit(status.into()) }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<u8> {
     match command {
         Command::Run(args) => stream(args),
         Command::List(args) => {
@@ -39,7 +48,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Check(args) => {
             let report = check(&args);
             print(&report.text)?;
-            Ok(if report.usable { ExitCode::SUCCESS } else { ExitCode::from(2) })
+            Ok(if report.usable { DONE } else { ERROR })
         }
         Command::Schema(args) => match args.format {
             SchemaFormat::Json => print(&format!("{:#}\n", record::schema().to_value())),
@@ -48,7 +57,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn stream(args: RunArgs) -> anyhow::Result<ExitCode> {
+fn stream(args: RunArgs) -> anyhow::Result<u8> {
     let config = Config::resolve(args)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -69,16 +78,17 @@ fn stream(args: RunArgs) -> anyhow::Result<ExitCode> {
     });
     // A libvirt call that never returns must not keep the process.
     runtime.shutdown_background();
-    result.map(|()| ExitCode::SUCCESS)
+    result.map(|()| DONE)
 }
 
 /// Writes to standard output; a closed pipe is success.
-fn print(text: &str) -> anyhow::Result<ExitCode> {
-    match std::io::stdout().write_all(text.as_bytes()) {
+fn print(text: &str) -> anyhow::Result<u8> {
+    let mut to = std::io::stdout();
+    match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(error).context("cannot write to standard output")
         }
-        _ => Ok(ExitCode::SUCCESS),
+        _ => Ok(DONE),
     }
 }
 
