@@ -24,6 +24,9 @@ pub enum ListError {
     /// No domain of that name or UUID.
     #[error("no domain {0:?}; `kvm-monitor list` without --domain shows the domains there are")]
     UnknownDomain(String),
+    /// No process of that name or UUID, and nobody to ask.
+    #[error("no domain {0:?} among the QEMU processes in /proc, and libvirt does not tell: {1}")]
+    UnknownWithoutLibvirt(String, String),
 }
 
 /// What to print.
@@ -52,7 +55,11 @@ pub fn list(args: &ListArgs) -> Result<Listing, ListError> {
     }
     tracker.look();
     if let Some(unknown) = wanted.unknown(tracker.domains()).first() {
-        return Err(ListError::UnknownDomain((*unknown).to_owned()));
+        let unknown = (*unknown).to_owned();
+        return Err(match libvirt_error {
+            Some(error) => ListError::UnknownWithoutLibvirt(unknown, error),
+            None => ListError::UnknownDomain(unknown),
+        });
     }
     let mut text = String::new();
     for tracked in tracker.domains() {

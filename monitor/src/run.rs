@@ -43,8 +43,11 @@ pub enum RunError {
     #[error("--libvirt require: {0}")]
     LibvirtRequired(String),
     /// No domain of that name or UUID.
-    #[error("no domain {0}; `kvm-monitor list` shows the domains there are")]
+    #[error("no domain {0:?}; `kvm-monitor list` shows the domains there are")]
     UnknownDomain(String),
+    /// No process of that name or UUID, and nobody to ask.
+    #[error("no domain {0:?} among the QEMU processes in /proc, and libvirt does not tell: {1}")]
+    UnknownWithoutLibvirt(String, String),
     /// The stream cannot be written.
     #[error(transparent)]
     Sink(#[from] SinkError),
@@ -130,7 +133,11 @@ impl Runner {
         this.first_answer().await?;
         this.tracker.look();
         if let Some(unknown) = wanted.unknown(this.tracker.domains()).first() {
-            return Err(RunError::UnknownDomain(format!("{unknown:?}")));
+            let unknown = (*unknown).to_owned();
+            return Err(match this.libvirt.and_then(|libvirt| libvirt.info.reason) {
+                Some(reason) => RunError::UnknownWithoutLibvirt(unknown, reason),
+                None => RunError::UnknownDomain(unknown),
+            });
         }
         this.write_session(ebpf_reason, session_probes);
         this.write_notices();
