@@ -58,18 +58,27 @@ pub struct LabDirs {
 }
 
 impl LabDirs {
-    /// From the variables `LAB_TARGET_DIR`, `LAB_KERNEL_DIR` and `LAB_GUEST_INIT`, which `cargo xtask test` sets.
+    /// From the variables `KVM_MONITOR_LAB_KERNEL` and `KVM_MONITOR_GUEST_INIT`, which `cargo xtask test` sets, and
+    /// the target directory that this program was built in. `KVM_MONITOR_LAB_DIR` names another one.
     pub fn from_env() -> Result<Self> {
-        let path = |name: &str| {
-            let value = std::env::var_os(name).map(PathBuf::from);
-            value.with_context(|| format!("{name} is not set: run the live tests with `cargo xtask test`"))
+        let path = |name: &str| std::env::var_os(name).map(PathBuf::from);
+        let needed = |name: &str| {
+            path(name)
+                .with_context(|| format!("{name} is not set: run the live tests with `cargo xtask test`"))
         };
         Ok(Self {
-            target_dir: path("LAB_TARGET_DIR")?,
-            kernel_dir: path("LAB_KERNEL_DIR")?,
-            guest_init: path("LAB_GUEST_INIT")?,
+            target_dir: path("KVM_MONITOR_LAB_DIR").map_or_else(own_target_dir, Ok)?,
+            kernel_dir: needed("KVM_MONITOR_LAB_KERNEL")?,
+            guest_init: needed("KVM_MONITOR_GUEST_INIT")?,
         })
     }
+}
+
+/// Cargo puts test programs into `TARGET/PROFILE/deps`.
+fn own_target_dir() -> Result<PathBuf> {
+    let program = std::env::current_exe().context("cannot find this program's file")?;
+    let target = program.ancestors().nth(3).map(Path::to_path_buf);
+    target.with_context(|| format!("{} is no test of cargo's: set KVM_MONITOR_LAB_DIR", program.display()))
 }
 
 /// A private libvirtd and everything that was started with it. Dropping it ends all of that.

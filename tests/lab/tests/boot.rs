@@ -1,6 +1,6 @@
 //! A lab guest does exactly what its script says, and the host's counters agree with it.
 //!
-//! Needs root, libvirt, QEMU and the `LAB_*` variables ([`lab::LabDirs::from_env`]); feature `live`.
+//! Needs root, libvirt, QEMU and the variables of [`lab::LabDirs::from_env`]; feature `live`.
 
 use std::time::Duration;
 

@@ -1,6 +1,6 @@
 //! Whatever ends the process that made a lab, nothing of the lab remains: no process, directory, namespace or tap.
 //!
-//! Needs root, libvirt, QEMU and the `LAB_*` variables ([`lab::LabDirs::from_env`]); feature `live`.
+//! Needs root, libvirt, QEMU and the variables of [`lab::LabDirs::from_env`]; feature `live`.
 //! Each test starts this test binary again as the owner of a lab (`owner`, steered by a variable) and ends it.
 #![expect(clippy::print_stdout, reason = "the owner tells its lab to the test by a line on stdout")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
