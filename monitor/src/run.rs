@@ -165,6 +165,7 @@ impl Runner {
                     break;
                 }
                 Update::Sample(answer) => {
+                    libvirt.up = true;
                     self.tracker.take_libvirt(*answer);
                     return Ok(());
                 }
@@ -263,6 +264,7 @@ impl Runner {
         let Some(libvirt) = &mut self.libvirt else { return };
         let was_up = libvirt.up;
         match update {
+            // It counts as back once it has answered.
             Update::Connected(connected) => {
                 libvirt.connected(&connected);
                 libvirt.request(Groups::all());
@@ -392,7 +394,6 @@ impl LibvirtState {
     }
 
     fn connected(&mut self, connected: &Connected) {
-        self.up = true;
         self.info.available = true;
         self.info.reason = None;
         let version = |v: Option<_>| v.map(|v: crate::source::libvirt::Version| v.to_string());
