@@ -1,8 +1,8 @@
 //! `cargo xtask test`: lint, then the tests that need no rights, then those with a real guest.
 //!
 //! The first kind runs as an unprivileged user even if we are root: it proves that they need no rights. The second
-//! kind, test targets of `monitor` named `live_*`, runs as root, one at a time. Where it cannot run, each test is
-//! named as not run.
+//! kind, test targets of `monitor` named `live_*` and the lab's own, runs as root, one at a time. Where it cannot
+//! run, each test is named as not run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,6 +29,15 @@ struct TestProgram {
     file: PathBuf,
     /// Where cargo would run it.
     package: PathBuf,
+    /// A program of its own below `tests`, not the unit tests inside a library or a program.
+    integration: bool,
+}
+
+impl TestProgram {
+    /// Needs root and a real guest. The lab's own tests do as well: what they test is the lab.
+    fn is_live(&self) -> bool {
+        self.name.starts_with("live_") || self.integration && self.package.ends_with("tests/lab")
+    }
 }
 
 /// The subcommand: whether everything that ran passed.
@@ -46,7 +55,7 @@ pub(crate) fn run(args: &[String]) -> Result<bool> {
     }
     setup::ensure(Scope::Build)?;
     let (live_programs, unit_programs): (Vec<_>, Vec<_>) =
-        compile()?.into_iter().partition(|program| program.name.starts_with("live_"));
+        compile()?.into_iter().partition(TestProgram::is_live);
     if unit {
         run_unit(&unit_programs, &mut report)?;
     }
@@ -59,7 +68,7 @@ pub(crate) fn run(args: &[String]) -> Result<bool> {
 /// Compiles all tests at once: a second call with other features would compile `monitor` twice.
 fn compile() -> Result<Vec<TestProgram>> {
     let mut cargo = build::host_cargo("test")?;
-    cargo.args(["--workspace", "--features", "monitor/live", "--no-run"]);
+    cargo.args(["--workspace", "--features", "monitor/live,lab/live", "--no-run"]);
     cargo.arg("--message-format=json-render-diagnostics");
     let output = cargo.stderr(Stdio::inherit()).stdin(Stdio::null()).output()?;
     if !output.status.success() {
@@ -84,6 +93,7 @@ fn parse_artifact(line: &str) -> Option<TestProgram> {
         name: message["target"]["name"].as_str()?.to_owned(),
         file: message["executable"].as_str()?.into(),
         package: Path::new(message["manifest_path"].as_str()?).parent()?.to_path_buf(),
+        integration: message["target"]["kind"][0] == "test",
     })
 }
 
@@ -248,15 +258,22 @@ mod tests {
 
     #[test]
     fn finds_test_programs_in_cargos_output() {
-        let line = |test: bool| {
+        let line = |package: &str, (name, kind): (&str, &str), test: bool| {
             format!(
-                r#"{{"reason":"compiler-artifact","manifest_path":"/w/monitor/Cargo.toml",
-                "target":{{"name":"live_parity","kind":["test"]}},"profile":{{"test":{test}}},"executable":"/t/x"}}"#
+                r#"{{"reason":"compiler-artifact","manifest_path":"/w/{package}/Cargo.toml",
+                "target":{{"name":"{name}","kind":["{kind}"]}},"profile":{{"test":{test}}},"executable":"/t/x"}}"#
             )
         };
-        let program = parse_artifact(&line(true)).unwrap();
-        assert_eq!((program.name.as_str(), program.package), ("live_parity", PathBuf::from("/w/monitor")));
-        assert!(parse_artifact(&line(false)).is_none());
+        let check = |package: &str, target: (&str, &str), live: bool| {
+            let program = parse_artifact(&line(package, target, true)).unwrap();
+            assert_eq!((program.name.as_str(), program.is_live()), (target.0, live));
+            assert_eq!(program.package, Path::new("/w").join(package));
+        };
+        check("monitor", ("live_parity", "test"), true);
+        check("monitor", ("cli", "test"), false);
+        check("tests/lab", ("boot", "test"), true);
+        check("tests/lab", ("lab", "lib"), false);
+        assert!(parse_artifact(&line("monitor", ("kvm-monitor", "bin"), false)).is_none());
         assert!(parse_artifact("not json").is_none());
     }
 }
