@@ -27,7 +27,6 @@ pub struct Tracked {
     pub sample: DomainSample,
     /// Samples written.
     pub seq: u64,
-    pub(super) listed_by_libvirt: bool,
     pub(super) files: Option<ProcessReader>,
     pub(super) threads: Vec<Thread>,
     /// Thread ids at the last look, to see cheaply whether anything came or went.
@@ -48,7 +47,7 @@ pub(super) struct Thread {
 
 impl Tracked {
     /// Nothing read yet.
-    pub(super) fn new(domain: Domain, listed_by_libvirt: bool) -> Self {
+    pub(super) fn new(domain: Domain) -> Self {
         let sample = DomainSample::new(domain.vcpus.len(), domain.interfaces.len(), domain.disks.len());
         let threads = domain.vcpus.iter().map(|_| Thread::default()).collect();
         Self {
@@ -56,7 +55,6 @@ impl Tracked {
             epoch: 0,
             sample,
             seq: 0,
-            listed_by_libvirt,
             files: None,
             threads,
             task_ids: Vec::new(),
@@ -74,7 +72,6 @@ impl Tracked {
     /// Takes over a new description. Keeps what only `/proc` knows, and the values of what is still there. True if
     /// anything is different.
     pub(super) fn describe(&mut self, mut new: Domain) -> bool {
-        self.listed_by_libvirt = true;
         new.process = self.domain.process;
         if self.domain.vcpus.iter().any(|v| v.tid.is_some()) {
             // libvirt knows pinning, `/proc` knows which threads there are.
@@ -102,6 +99,7 @@ impl Tracked {
     pub(super) fn release(&mut self) -> Vec<Slot> {
         let slots = self.take_slots();
         self.domain.process = None;
+        self.domain.id = None; // Of the run that is over: libvirt's word on the next one is no further restart.
         self.files = None;
         self.task_ids.clear();
         self.followed_since = None;

@@ -193,7 +193,7 @@ impl Tracker {
                 if !self.wanted.matches(uuid, &domain.name) {
                     return;
                 }
-                self.add(domain, false, "QEMU process found");
+                self.add(domain, "QEMU process found");
                 self.domains.len() - 1
             }
         };
@@ -211,11 +211,8 @@ impl Tracker {
 
     fn process_ended(&mut self, process: QemuProcess) {
         self.names.remove(&process.tgid.0);
-        let Some(i) = self.domains.iter().position(|t| t.domain.process == Some(process)) else { return };
-        if self.domains[i].listed_by_libvirt {
-            self.release(i, "its QEMU process ended");
-            self.changed(i, "its QEMU process ended");
-        } else {
+        // Whatever libvirt says, or no longer can: without its process there is no domain.
+        if let Some(i) = self.domains.iter().position(|t| t.domain.process == Some(process)) {
             self.remove(i, "its QEMU process ended");
         }
     }
@@ -229,7 +226,7 @@ impl Tracker {
             return;
         }
         let Some(i) = self.domains.iter().position(|t| t.domain.uuid == domain.uuid) else {
-            self.add(domain, true, "listed by libvirt");
+            self.add(domain, "listed by libvirt");
             return;
         };
         if matches!((self.domains[i].domain.id, domain.id), (Some(a), Some(b)) if a != b) {
@@ -246,8 +243,8 @@ impl Tracker {
         self.remove(i, "libvirt no longer lists it");
     }
 
-    fn add(&mut self, domain: Domain, listed_by_libvirt: bool, reason: &str) {
-        self.domains.push(Tracked::new(domain, listed_by_libvirt));
+    fn add(&mut self, domain: Domain, reason: &str) {
+        self.domains.push(Tracked::new(domain));
         self.notice_domain(self.domains.len() - 1, Change::Appeared, reason);
     }
 
