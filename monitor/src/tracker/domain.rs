@@ -226,17 +226,11 @@ impl Tracked {
 
     fn put_libvirt_slow(&mut self, stats: &DomainStats) {
         const LIBVIRT: SourceKind = SourceKind::Libvirt;
-        let cpu = &mut self.sample.cpu;
-        cpu.put_some(LIBVIRT, Metric::CpuTime, stats.cpu_time_ns.map(Nanos));
-        cpu.put_some(LIBVIRT, Metric::CpuUser, stats.cpu_user_ns.map(Nanos));
-        cpu.put_some(LIBVIRT, Metric::CpuSystem, stats.cpu_system_ns.map(Nanos));
-        cpu.put_some(LIBVIRT, Metric::CpuVcpusOnline, stats.vcpu_current.map(Count));
-        for (vcpu, values) in self.domain.vcpus.iter().zip(&mut self.sample.vcpus) {
-            if let Some(stats) = stats.vcpus.iter().find(|s| s.index == vcpu.index) {
-                values.put_some(LIBVIRT, Metric::VcpuRun, stats.time_ns.map(Nanos));
-                values.put_some(LIBVIRT, Metric::VcpuWait, stats.delay_ns.map(Nanos));
-            }
+        // No QEMU that libvirt lists has used no time.
+        if stats.cpu_time_ns != Some(0) {
+            self.put_libvirt_times(stats);
         }
+        self.sample.cpu.put_some(LIBVIRT, Metric::CpuVcpusOnline, stats.vcpu_current.map(Count));
         for (disk, values) in self.domain.disks.iter().zip(&mut self.sample.disks) {
             // The top image comes first; libvirt gives it a backing index too.
             if let Some(stats) = stats.blocks.iter().find(|s| s.target == disk.target) {
@@ -245,6 +239,24 @@ impl Tracked {
         }
         put_memory(&mut self.sample.memory, &stats.balloon);
         self.sample.balloon_updated_s = stats.balloon.last_update_s;
+    }
+
+    /// libvirt reads these in `/proc`, and says 0 from QEMU's end until it notices (`virProcessGetStatInfo`).
+    fn put_libvirt_times(&mut self, stats: &DomainStats) {
+        let put = |values: &mut Values, metric, now: Option<u64>| {
+            let before = values.before(SourceKind::Libvirt, metric);
+            let risen = now.filter(|now| before.is_none_or(|before| before <= *now));
+            values.put_some(SourceKind::Libvirt, metric, risen.map(Nanos));
+        };
+        put(&mut self.sample.cpu, Metric::CpuTime, stats.cpu_time_ns);
+        put(&mut self.sample.cpu, Metric::CpuUser, stats.cpu_user_ns);
+        put(&mut self.sample.cpu, Metric::CpuSystem, stats.cpu_system_ns);
+        for (vcpu, values) in self.domain.vcpus.iter().zip(&mut self.sample.vcpus) {
+            if let Some(stats) = stats.vcpus.iter().find(|s| s.index == vcpu.index) {
+                put(values, Metric::VcpuRun, stats.time_ns);
+                put(values, Metric::VcpuWait, stats.delay_ns);
+            }
+        }
     }
 }
 
@@ -348,7 +360,8 @@ fn put_memory(values: &mut Values, stats: &BalloonStats) {
     values.put_some(LIBVIRT, Metric::MemoryDiskCaches, stats.disk_caches_bytes.map(Bytes));
     values.put_some(LIBVIRT, Metric::MemoryHugetlbPgalloc, stats.hugetlb_pgalloc.map(Count));
     values.put_some(LIBVIRT, Metric::MemoryHugetlbPgfail, stats.hugetlb_pgfail.map(Count));
-    values.put_some(LIBVIRT, Metric::MemoryRss, stats.rss_bytes.map(Bytes));
+    // 0 as in `put_libvirt_times`.
+    values.put_some(LIBVIRT, Metric::MemoryRss, stats.rss_bytes.filter(|rss| *rss > 0).map(Bytes));
 }
 
 /// Values of the entities that are still there, and room for the new ones.
