@@ -412,13 +412,13 @@ impl LibvirtState {
         self.info.reason = Some(reason);
     }
 
-    /// False if the answer before is still outstanding.
+    /// False if the answer before is still outstanding. The next request is due an interval later all the same.
     fn request(&mut self, groups: Groups) -> bool {
         let now = MonotonicNs::now();
+        self.requested = Some(now);
         if self.source.request(groups).is_err() {
             return false;
         }
-        self.requested = Some(now);
         if groups.contains(Groups::all()) {
             self.requested_slow = Some(now);
         }
