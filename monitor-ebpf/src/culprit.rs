@@ -4,18 +4,21 @@
 //! When it does, `sched_info.last_queued` says since when it waited, and the thread that just left says since when it
 //! ran. If it ran all that time the whole wait is its; this is the common case and needs no memory. Otherwise several
 //! ran one after the other, and the CPU has a history of them: a stint is written down when it ends while somebody
-//! is left waiting on that CPU (`rq->nr_running` is 2 or more), so an unloaded CPU writes nothing.
+//! is left waiting on that CPU (two or more are runnable). Only a CPU on which a followed thread was preempted or
+//! waited for several others writes its history, until user space says that it may stop; the others test one byte.
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, helpers::bpf_get_smp_processor_id, macros::map, maps::Array};
 use monitor_ebpf::{
-    CPUS, CULPRITS, ChargeTables, Charges, HISTOGRAMS, History, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, STINTS,
-    Stint,
+    Armed, CPUS, CULPRITS, ChargeTables, Charges, HISTOGRAMS, History, KIND_IDLE, KIND_KERNEL, KIND_PROCESS,
+    STINTS, Stint,
 };
 
-use crate::kernel::{Address, LAYOUT, load, offset, probe};
+use crate::kernel::{Address, LAYOUT, load, offset, probe, run_queue};
 
 #[map(name = "HISTORY")]
 static HISTORY: Array<History> = Array::with_max_entries(CPUS, 0);
+#[map(name = "ARMED")]
+static ARMED: Array<Armed> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "CHARGES")]
 static CHARGES: Array<ChargeTables> = Array::with_max_entries(HISTOGRAMS, BPF_F_MMAPABLE);
 
@@ -24,15 +27,26 @@ const PF_KTHREAD: u32 = 0x0020_0000;
 /// Stints looked back at for one wait.
 const LOOK_BACK: u32 = 32;
 
-/// Writes down that `prev` leaves this CPU now, if somebody is left waiting.
+/// Writes down that `prev` leaves this CPU now, if a followed thread waited here lately and somebody is left waiting.
 ///
 /// # Safety
-/// `prev` must be an argument of a BTF tracepoint, `rq` its run queue loaded through it.
+/// `prev` must be an argument of a BTF tracepoint.
 #[inline(always)]
-pub(crate) unsafe fn remember(prev: Address, rq: Address) {
+pub(crate) unsafe fn remember(prev: Address) {
+    if armed().is_none_or(|armed| *armed == 0) {
+        return;
+    }
     // SAFETY: by the caller.
-    let running: u32 = unsafe { load(rq, offset(&LAYOUT.rq_nr_running)) };
-    if running < 2 {
+    let rq = unsafe { run_queue(prev) };
+    // SAFETY: loaded through the caller's pointer.
+    let waiting = unsafe {
+        let running: u32 = load(rq, offset(&LAYOUT.rq_nr_running));
+        let queued: u32 = load(rq, offset(&LAYOUT.rq_queued));
+        // Since Linux 6.12 a thread that goes to sleep may stay queued for a while; it does not wait.
+        let runnable: u32 = load(rq, offset(&LAYOUT.rq_runnable));
+        running.wrapping_sub(queued).wrapping_add(runnable)
+    };
+    if waiting < 2 {
         return;
     }
     // SAFETY: plain helper call; a valid map value that only this CPU writes, with the run queue locked.
@@ -44,6 +58,22 @@ pub(crate) unsafe fn remember(prev: Address, rq: Address) {
     // SAFETY: by the caller.
     history.stints[place] = unsafe { stint(prev, load(rq, offset(&LAYOUT.rq_clock))) };
     history.count = history.count.wrapping_add(1);
+}
+
+/// From now on this CPU writes its history: a followed thread waits here.
+#[inline(always)]
+pub(crate) fn arm() {
+    if let Some(armed) = armed() {
+        *armed = 1;
+    }
+}
+
+#[inline(always)]
+fn armed() -> Option<&'static mut u8> {
+    // SAFETY: a valid map value; only this CPU sets its byte, and clearing it at the same time does no harm.
+    let armed = unsafe { ARMED.get_ptr_mut(0)?.as_mut()? };
+    // SAFETY: plain helper call.
+    armed.0.get_mut(unsafe { bpf_get_smp_processor_id() } as usize)
 }
 
 /// The stint of `prev`, which ends now.
@@ -82,6 +112,7 @@ pub(crate) unsafe fn charge(place: u32, prev: Address, queued: u64, now: u64) {
     let begin = if stint.tid == 0 || stint.begin_ns < queued { queued } else { stint.begin_ns };
     add(charges, &stint, now.saturating_sub(begin));
     if begin > queued {
+        arm();
         charge_history(charges, queued, begin);
     }
 }

@@ -36,3 +36,16 @@ pub(crate) fn probe<T>(base: u64, offset: u32) -> Option<T> {
     // SAFETY: the helper checks the address itself and fails on any that is not readable.
     unsafe { bpf_probe_read_kernel((base + u64::from(offset)) as *const T).ok() }
 }
+
+/// The run queue of the CPU that `task` is on.
+///
+/// # Safety
+/// `task` must be a pointer that the verifier trusts.
+#[inline(always)]
+pub(crate) unsafe fn run_queue(task: Address) -> Address {
+    // SAFETY: by the caller; the second pointer was loaded through the first.
+    unsafe {
+        let cfs_rq: Address = load(task, offset(&LAYOUT.task_cfs_rq));
+        load(cfs_rq, offset(&LAYOUT.cfs_rq_rq))
+    }
+}

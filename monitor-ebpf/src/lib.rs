@@ -374,6 +374,12 @@ pub struct Stint {
     pub reserved: u32,
 }
 
+/// CPUs whose history is being written: one byte each, not 0 while a followed thread waited there lately. A program sets it
+/// when it sees such a wait, user space clears it from time to time, so that other CPUs pay nothing.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct Armed(pub [u8; CPUS as usize]);
+
 /// The last stints on one CPU that ended while somebody waited for it; only that CPU writes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -456,6 +462,10 @@ pub struct Layout {
     pub cfs_rq_rq: u32,
     /// `rq.nr_running`.
     pub rq_nr_running: u32,
+    /// `rq.cfs.h_nr_queued`, or the same as the next where the kernel has no such field.
+    pub rq_queued: u32,
+    /// `rq.cfs.h_nr_runnable` (Linux 6.14): what is queued and has not gone to sleep meanwhile.
+    pub rq_runnable: u32,
     /// `rq.clock`.
     pub rq_clock: u32,
     /// `rq.clock_task`.
@@ -479,6 +489,8 @@ impl Layout {
         task_comm: 0,
         cfs_rq_rq: 0,
         rq_nr_running: 0,
+        rq_queued: 0,
+        rq_runnable: 0,
         rq_clock: 0,
         rq_clock_task: 0,
     };
@@ -489,7 +501,7 @@ const _: () = assert!(size_of::<Reading>() == 96);
 const _: () = assert!(size_of::<Clock>() == 40);
 const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1064);
 const _: () = assert!(size_of::<History>() == 8 + 40 * STINTS);
-const _: () = assert!(size_of::<Layout>() == 64);
+const _: () = assert!(size_of::<Layout>() == 72);
 const _: () = assert!(THREADS as usize * 4 == TABLE_ENTRIES && THREADS.is_multiple_of(READ_BATCH));
 
 #[cfg(test)]

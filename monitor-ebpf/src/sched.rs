@@ -21,8 +21,8 @@ use monitor_ebpf::{
 };
 
 use crate::{
-    culprit::{charge, remember},
-    kernel::{Address, LAYOUT, load, offset, probe},
+    culprit::{arm, charge, remember},
+    kernel::{Address, LAYOUT, load, offset, probe, run_queue},
 };
 
 #[map(name = "FILTER")]
@@ -51,19 +51,22 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: both are arguments of a BTF tracepoint.
     let (out, into) =
         unsafe { (load::<u32>(prev, offset(&LAYOUT.task_pid)), load::<u32>(next, offset(&LAYOUT.task_pid))) };
-    // SAFETY: each pointer was loaded through the one before, starting from a BTF tracepoint's argument.
-    let (rq, now): (Address, u64) = unsafe {
-        let cfs_rq: Address = load(prev, offset(&LAYOUT.task_cfs_rq));
-        let rq = load(cfs_rq, offset(&LAYOUT.cfs_rq_rq));
-        // Read at the start of this switch.
-        (rq, load(rq, offset(&LAYOUT.rq_clock)))
-    };
-    if let Some(thread) = followed(out) {
+    // SAFETY: a valid map value for the life of the program; user space changes whole words.
+    let Some(filter) = FILTER.get_ptr(0).map(|filter| unsafe { &*filter }) else { return 0 };
+    if may_be_followed(filter, out)
+        && let Some(thread) = followed(out)
+    {
         // As the kernel decides between `nivcsw` and `nvcsw` in `__schedule()`.
         let preempted = ctx.arg::<u32>(0) & 1 != 0 || ctx.arg::<u32>(3) == 0;
-        leave(thread, prev, now, preempted);
+        leave(thread, prev, clock(prev), preempted);
+        if preempted {
+            arm();
+        }
     }
-    if let Some(thread) = followed(into) {
+    if may_be_followed(filter, into)
+        && let Some(thread) = followed(into)
+    {
+        let now = clock(prev);
         // SAFETY: `next` is an argument of a BTF tracepoint. `sched_info_arrive()` clears this just afterwards.
         let queued: u64 = unsafe { load(next, offset(&LAYOUT.task_last_queued)) };
         if let (Some(place), true) = (thread.histograms.checked_sub(1), queued != 0 && queued < now) {
@@ -73,9 +76,16 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         enter(thread, next, now);
     }
     // Last, so that the history holds only what is over when a wait is charged.
-    // SAFETY: `prev` is an argument of a BTF tracepoint, and `rq` was loaded through it.
-    unsafe { remember(prev, rq) };
+    // SAFETY: `prev` is an argument of a BTF tracepoint.
+    unsafe { remember(prev) };
     0
+}
+
+/// The clock of this CPU's run queue, nanoseconds: read at the start of this switch.
+#[inline(always)]
+fn clock(prev: Address) -> u64 {
+    // SAFETY: `prev` is an argument of a BTF tracepoint, and the run queue was loaded through it.
+    unsafe { load(run_queue(prev), offset(&LAYOUT.rq_clock)) }
 }
 
 #[inline(always)]
@@ -208,17 +218,17 @@ fn compare_clocks(sched: u64) {
     }
 }
 
-/// The slot of a followed thread. Not followed: one bit test. A thread whose id only shares the bit pays the
-/// table as well.
+/// One bit: whether it is worth looking for the thread in the table.
+#[inline(always)]
+fn may_be_followed(filter: &Filter, tid: u32) -> bool {
+    let bit = tid % FILTER_BITS;
+    filter.0[(bit / 64) as usize] >> (bit % 64) & 1 != 0
+}
+
+/// The slot of a followed thread.
 #[inline(always)]
 fn followed(tid: u32) -> Option<&'static mut Thread> {
-    let bit = tid % FILTER_BITS;
-    // SAFETY: both are valid map values for the life of the program; user space changes whole words.
-    let filter = unsafe { &*FILTER.get_ptr(0)? };
-    if filter.0[(bit / 64) as usize] >> (bit % 64) & 1 == 0 {
-        return None;
-    }
-    // SAFETY: as above.
+    // SAFETY: a valid map value for the life of the program; user space changes whole words.
     let table = unsafe { &*TABLE.get_ptr(0)? };
     let start = table_start(tid);
     for i in 0..TABLE_PROBES {

@@ -46,7 +46,7 @@ fn format() -> Verdict {
 /// Tests and the live tests included, which a plain build leaves out.
 fn host_clippy() -> Result<()> {
     let mut cargo = build::host_cargo("clippy")?;
-    cargo.args(["--workspace", "--all-targets", "--features", "monitor/live", "--", "-Dwarnings"]);
+    cargo.args(["--workspace", "--all-targets", "--features", "monitor/live,lab/live", "--", "-Dwarnings"]);
     process::run_tailed(&mut cargo)
 }
 

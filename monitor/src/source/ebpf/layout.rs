@@ -33,6 +33,15 @@ pub enum LayoutError {
 pub fn resolve(btf_file: &Path) -> Result<Layout, LayoutError> {
     let btf = Btf::from_bytes(&std::fs::read(btf_file)?)?;
     let at = |structure, field| offset(&btf, structure, field);
+    let nr_running = at("rq", "nr_running")?;
+    let delayed = at("rq", "cfs")
+        .and_then(|cfs| Ok((cfs + at("cfs_rq", "h_nr_queued")?, cfs + at("cfs_rq", "h_nr_runnable")?)));
+    let (rq_queued, rq_runnable) = match delayed {
+        Ok(fields) => fields,
+        // Before Linux 6.14: queued threads are not told apart, and the difference is 0.
+        Err(LayoutError::NoField { .. }) => (nr_running, nr_running),
+        Err(error) => return Err(error),
+    };
     Ok(Layout {
         task_pid: at("task_struct", "pid")?,
         task_on_cpu: at("task_struct", "on_cpu")?,
@@ -47,7 +56,9 @@ pub fn resolve(btf_file: &Path) -> Result<Layout, LayoutError> {
         task_flags: at("task_struct", "flags")?,
         task_comm: at("task_struct", "comm")?,
         cfs_rq_rq: at("cfs_rq", "rq")?,
-        rq_nr_running: at("rq", "nr_running")?,
+        rq_nr_running: nr_running,
+        rq_queued,
+        rq_runnable,
         rq_clock: at("rq", "clock")?,
         rq_clock_task: at("rq", "clock_task")?,
     })

@@ -17,13 +17,13 @@ use aya::{
     maps::{Map, MapData},
     programs::{BtfTracePoint, Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
+use monitor_ebpf::{
+    Armed, COMPARISONS, CPUS, ChargeTables, Clock, FILTER_BITS, Filter, HISTOGRAMS, Layout, NOW_RUNNING,
+    NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, ROLE_CLOCK, ROLE_FOLLOWED, Reading, TABLE_ENTRIES,
+    TABLE_PROBES, THREADS, Table, Thread, table_entry, table_slot, table_start,
+};
 pub use monitor_ebpf::{
     BUCKETS, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, bucket_range,
-};
-use monitor_ebpf::{
-    COMPARISONS, ChargeTables, Clock, FILTER_BITS, Filter, HISTOGRAMS, Layout, NOW_RUNNING, NOW_WAITING,
-    READ_BATCH, READ_LAST, READ_LIVE, ROLE_CLOCK, ROLE_FOLLOWED, Reading, TABLE_ENTRIES, TABLE_PROBES,
-    THREADS, Table, Thread, table_entry, table_slot, table_start,
 };
 
 use self::{
@@ -38,6 +38,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("KVM_MONITOR_BPF_OBJECT"
 
 /// Kernel type information of the running kernel.
 pub const BTF_FILE: &str = "/sys/kernel/btf/vmlinux";
+
+/// Time after which a CPU stops writing its history, until a followed thread waits there again.
+const DISARM_INTERVAL_NS: u64 = 10_000_000_000;
 
 /// Why the kernel programs cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +138,8 @@ pub struct Ebpf {
     clock: Mapped<Clock>,
     histograms: Mapped<Histograms>,
     charges: Mapped<ChargeTables>,
+    armed: Mapped<Armed>,
+    disarmed: MonotonicNs,
     places: Places,
     histogram_places: Places,
     followed: usize,
@@ -179,6 +184,8 @@ impl Ebpf {
             clock: map(&object, "CLOCK", 1)?,
             histograms: map(&object, "HISTOGRAMS", HISTOGRAMS as usize)?,
             charges: map(&object, "CHARGES", HISTOGRAMS as usize)?,
+            armed: map(&object, "ARMED", 1)?,
+            disarmed: MonotonicNs::now(),
             object,
             states,
             places: Places::default(),
@@ -322,6 +329,10 @@ impl Ebpf {
             let mut options = RawTracePointRunOptions::new();
             options.args[0] = u64::from(first);
             program.test_run(options).map_err(failed)?;
+        }
+        if begin.since(self.disarmed) > DISARM_INTERVAL_NS {
+            self.disarmed = begin;
+            (0..CPUS as usize / 8).for_each(|word| self.armed.word(word).store(0, Ordering::Relaxed));
         }
         Ok(Window { begin, end: MonotonicNs::now() })
     }
