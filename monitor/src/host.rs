@@ -7,8 +7,9 @@ use std::path::Path;
 
 /// The inode of the initial pid namespace (`PROC_PID_INIT_INO` in the kernel's `proc_ns.h`).
 const INITIAL_PID_NAMESPACE: &str = "pid:[4026531836]";
-/// Oldest kernel the programs are written for: `BPF_PROG_TEST_RUN` of raw tracepoint programs came with 5.10.
-const OLDEST_KERNEL: (u32, u32) = (5, 10);
+/// Oldest kernel the programs are written for: the tracepoint `sched_switch` has its fourth argument, the state of the
+/// thread that leaves, since 5.18.
+const OLDEST_KERNEL: (u32, u32) = (5, 18);
 const CAP_SYS_ADMIN: u32 = 21;
 const CAP_PERFMON: u32 = 38;
 const CAP_BPF: u32 = 39;
@@ -157,7 +158,7 @@ mod tests {
         };
         assert_eq!(ebpf_rule(&good()), Ok(()));
         check(|f| f.compiled_in = false, "built without");
-        check(|f| f.kernel = Some((5, 4)), "too old");
+        check(|f| f.kernel = Some((5, 17)), "too old");
         check(|f| f.btf = Err("no such file".into()), "type information");
         check(|f| f.capabilities = Some(0), "permission");
         check(|f| f.capabilities = Some(1 << CAP_BPF), "permission");
@@ -174,7 +175,7 @@ mod tests {
     #[test]
     fn kernel_releases() {
         assert_eq!(kernel_version("6.18.44-fc-v445"), Some((6, 18)));
-        assert_eq!(kernel_version("5.10-rc1"), Some((5, 10)));
+        assert_eq!(kernel_version("5.19-rc1"), Some((5, 19)));
         assert_eq!(kernel_version("unknown"), None);
     }
 

@@ -238,6 +238,7 @@ impl DomainSample {
         self.each(Values::clear);
         self.reads = [Reads::default(); ReadClass::COUNT];
         self.balloon_updated_s = None;
+        self.vcpu_details.fill(VcpuDetail::default());
     }
 
     fn each(&mut self, mut f: impl FnMut(&mut Values)) {

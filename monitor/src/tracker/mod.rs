@@ -237,10 +237,13 @@ impl Tracker {
         }
     }
 
-    /// libvirt no longer lists a domain.
+    /// libvirt no longer lists a domain. If its QEMU is known, its end is what counts: libvirt may have lost track of
+    /// a domain that lives.
     pub fn unlisted(&mut self, uuid: DomainUuid) {
         let Some(i) = self.domains.iter().position(|t| t.domain.uuid == uuid) else { return };
-        self.remove(i, "libvirt no longer lists it");
+        if self.domains[i].domain.process.is_none() {
+            self.remove(i, "libvirt no longer lists it");
+        }
     }
 
     fn add(&mut self, domain: Domain, reason: &str) {

@@ -1,0 +1,342 @@
+//! The `sample` line: every metric of every entity with one number per source, written straight from the tables.
+
+use schemars::JsonSchema;
+use serde::{
+    Serialize, Serializer,
+    ser::{SerializeMap as _, SerializeSeq as _},
+};
+
+use super::{DomainName, timestamp};
+use crate::{
+    inventory,
+    metric::{Kind, Metric, MetricDef},
+    model::{self, rate},
+    sample::{DomainSample, ReadClass, Values},
+    units::{MonotonicNs, SourceKind},
+};
+
+/// What the sources said of one domain at one tick.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Sample<'a> {
+    /// Number of this sample among the domain's, from 0.
+    pub seq: u64,
+    /// Wall clock, RFC 3339 with nanoseconds.
+    pub ts: String,
+    /// `CLOCK_MONOTONIC`, nanoseconds.
+    pub mono_ns: u64,
+    /// Time since the tick before, nanoseconds; the configured interval at the first.
+    pub interval_ns: u64,
+    /// Which domain.
+    pub domain: DomainName<'a>,
+    /// Counters are comparable within one epoch.
+    pub epoch: u32,
+    /// When each source was read for this sample, `[begin_ns, end_ns]` on `CLOCK_MONOTONIC`. A source that was
+    /// not read since the last sample is left out, here and in every metric.
+    #[serde(serialize_with = "serialize_windows")]
+    #[schemars(schema_with = "super::schema::windows")]
+    pub windows: &'a DomainSample,
+    /// The domain's CPU time.
+    #[schemars(schema_with = "super::schema::cpu")]
+    pub cpu: Metrics<'a>,
+    /// One element per vCPU.
+    #[serde(serialize_with = "serialize_vcpus")]
+    #[schemars(schema_with = "super::schema::vcpus")]
+    pub vcpus: Entities<'a, inventory::Vcpu>,
+    /// One element per network interface.
+    #[serde(serialize_with = "serialize_interfaces")]
+    #[schemars(schema_with = "super::schema::interfaces")]
+    pub interfaces: Entities<'a, inventory::Interface>,
+    /// One element per disk.
+    #[serde(serialize_with = "serialize_disks")]
+    #[schemars(schema_with = "super::schema::disks")]
+    pub disks: Entities<'a, inventory::Disk>,
+    /// The guest's memory.
+    #[schemars(schema_with = "super::schema::memory")]
+    pub memory: Metrics<'a>,
+}
+
+/// Identity and values of the entities of one scope, side by side.
+#[derive(Clone, Copy, Debug)]
+pub struct Entities<'a, T> {
+    /// Who they are.
+    pub who: &'a [T],
+    /// Their values.
+    pub values: &'a [Values],
+    /// The windows they were read in.
+    pub sample: &'a DomainSample,
+}
+
+/// The metrics of one entity.
+#[derive(Clone, Copy, Debug)]
+pub struct Metrics<'a> {
+    values: &'a Values,
+    sample: &'a DomainSample,
+    extra: Extra,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Extra {
+    None,
+    Memory { now_s: u64, stats_period_s: Option<u32> },
+}
+
+impl<'a> Sample<'a> {
+    /// The line of one domain at one tick.
+    #[must_use]
+    pub fn new(tick: Tick, of: Subject<'a>) -> Self {
+        let Subject { seq, epoch, domain, sample } = of;
+        let memory = Extra::Memory {
+            now_s: u64::try_from(tick.wall.as_second()).unwrap_or(0),
+            stats_period_s: domain.balloon.as_ref().map(|b| b.stats_period_s),
+        };
+        Self {
+            seq,
+            ts: timestamp(tick.wall),
+            mono_ns: tick.mono.0,
+            interval_ns: tick.interval_ns,
+            domain: DomainName { uuid: domain.uuid, name: &domain.name },
+            epoch,
+            windows: sample,
+            cpu: Metrics { values: &sample.cpu, sample, extra: Extra::None },
+            vcpus: Entities { who: &domain.vcpus, values: &sample.vcpus, sample },
+            interfaces: Entities { who: &domain.interfaces, values: &sample.interfaces, sample },
+            disks: Entities { who: &domain.disks, values: &sample.disks, sample },
+            memory: Metrics { values: &sample.memory, sample, extra: memory },
+        }
+    }
+}
+
+/// The domain a `sample` line is about.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
+    /// Number of the sample.
+    pub seq: u64,
+    /// Epoch of its counters.
+    pub epoch: u32,
+    /// Who it is.
+    pub domain: &'a inventory::Domain,
+    /// Its values.
+    pub sample: &'a DomainSample,
+}
+
+/// The moment a line is about.
+#[derive(Clone, Copy, Debug)]
+pub struct Tick {
+    /// Wall clock.
+    pub wall: jiff::Timestamp,
+    /// Arithmetic clock.
+    pub mono: MonotonicNs,
+    /// Since the tick before, nanoseconds.
+    pub interval_ns: u64,
+}
+
+fn serialize_windows<S: Serializer>(sample: &DomainSample, to: S) -> Result<S::Ok, S::Error> {
+    let mut map = to.serialize_map(None)?;
+    for source in SourceKind::ALL {
+        if let Some(window) = fresh_window(sample, source) {
+            map.serialize_entry(source.name(), &[window.begin.0, window.end.0])?;
+        }
+    }
+    map.end()
+}
+
+fn fresh_window(sample: &DomainSample, source: SourceKind) -> Option<crate::units::Window> {
+    let classes = match source {
+        SourceKind::Ebpf => [ReadClass::Ebpf; 2],
+        SourceKind::Procfs => [ReadClass::Procfs; 2],
+        SourceKind::Libvirt => [ReadClass::LibvirtFast, ReadClass::LibvirtSlow],
+    };
+    classes.into_iter().map(|class| sample.reads(class)).find(|r| r.fresh)?.now
+}
+
+impl Serialize for Metrics<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let mut map = to.serialize_map(None)?;
+        serialize_values::<S>(&mut map, self.values, self.sample)?;
+        match self.extra {
+            Extra::None => serialize_utilization::<S>(&mut map, self.values, self.sample)?,
+            Extra::Memory { now_s, stats_period_s } => {
+                serialize_memory::<S>(&mut map, self, now_s, stats_period_s)?;
+            }
+        }
+        map.end()
+    }
+}
+
+/// Numbers of one metric, and what follows from them.
+#[derive(Clone, Copy, Debug)]
+struct MetricValue<'a> {
+    def: &'a MetricDef,
+    values: &'a Values,
+    sample: &'a DomainSample,
+}
+
+impl MetricValue<'_> {
+    fn of(&self, source: SourceKind) -> Option<u64> {
+        let fresh = self.sample.reads(ReadClass::of(self.def.metric, source)).fresh;
+        if fresh { self.values.now(source, self.def.metric) } else { None }
+    }
+
+    fn best(&self) -> Option<SourceKind> {
+        self.def.sources.iter().copied().find(|s| self.of(*s).is_some())
+    }
+
+    fn rate(&self, source: SourceKind) -> Option<model::Rate> {
+        let reads = self.sample.reads(ReadClass::of(self.def.metric, source));
+        let before = (self.values.before(source, self.def.metric)?, reads.before?);
+        rate(before, (self.of(source)?, reads.now?)).ok()
+    }
+}
+
+impl Serialize for MetricValue<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let mut map = to.serialize_map(None)?;
+        for source in SourceKind::ALL {
+            if let Some(value) = self.of(source) {
+                map.serialize_entry(source.name(), &value)?;
+            }
+        }
+        if let Some(best) = self.best() {
+            map.serialize_entry("best", best.name())?;
+            if let (Kind::Counter, Some(rate)) = (self.def.kind, self.rate(best)) {
+                let per_s =
+                    if self.def.unit == crate::units::Unit::Nanoseconds { rate.mid / 1e9 } else { rate.mid };
+                map.serialize_entry("per_s", &per_s)?;
+            }
+        }
+        map.end()
+    }
+}
+
+fn serialize_values<S: Serializer>(
+    map: &mut S::SerializeMap,
+    values: &Values,
+    sample: &DomainSample,
+) -> Result<(), S::Error> {
+    for def in values.scope().metrics() {
+        let value = MetricValue { def, values, sample };
+        if value.best().is_some() {
+            map.serialize_entry(def.name, &value)?;
+        }
+    }
+    Ok(())
+}
+
+/// `util_pct`: CPU time per wall time of the process, in per cent of one CPU.
+fn serialize_utilization<S: Serializer>(
+    map: &mut S::SerializeMap,
+    values: &Values,
+    sample: &DomainSample,
+) -> Result<(), S::Error> {
+    let value = MetricValue { def: Metric::CpuTime.def(), values, sample };
+    let Some(best) = value.best() else { return Ok(()) };
+    let Some(rate) = value.rate(best) else { return Ok(()) };
+    #[derive(Serialize)]
+    struct Percent {
+        best: &'static str,
+        value: f64,
+    }
+    map.serialize_entry("util_pct", &Percent { best: best.name(), value: rate.mid / 1e7 })
+}
+
+/// What follows from the balloon's figures: memory in use by the best definition there is, and their age.
+fn serialize_memory<S: Serializer>(
+    map: &mut S::SerializeMap,
+    metrics: &Metrics<'_>,
+    now_s: u64,
+    stats_period_s: Option<u32>,
+) -> Result<(), S::Error> {
+    if !metrics.sample.reads(ReadClass::LibvirtSlow).fresh {
+        return Ok(());
+    }
+    let value = |metric| metrics.values.now(SourceKind::Libvirt, metric);
+    let free = value(Metric::MemoryUsable)
+        .map(|free| (free, "available_minus_usable"))
+        .or(value(Metric::MemoryUnused).map(|free| (free, "available_minus_unused")));
+    if let (Some(available), Some((free, by))) = (value(Metric::MemoryAvailable), free)
+        && let Some(used) = available.checked_sub(free)
+    {
+        map.serialize_entry("used_bytes", &used)?;
+        map.serialize_entry("used_by", by)?;
+    }
+    if let Some(age) =
+        metrics.sample.balloon_updated_s.filter(|at| *at > 0).map(|at| now_s.saturating_sub(at))
+    {
+        map.serialize_entry("age_s", &age)?;
+        let period = u64::from(stats_period_s.unwrap_or(0));
+        map.serialize_entry("stale", &(period == 0 || age > 3 * period))?;
+    }
+    Ok(())
+}
+
+fn serialize_entities<S: Serializer, T>(
+    entities: &Entities<'_, T>,
+    to: S,
+    identity: impl Fn(usize, &T) -> Identity<'_>,
+) -> Result<S::Ok, S::Error> {
+    let mut seq = to.serialize_seq(None)?;
+    for (i, (who, values)) in entities.who.iter().zip(entities.values).enumerate() {
+        seq.serialize_element(&Entity { who: identity(i, who), values, sample: entities.sample })?;
+    }
+    seq.end()
+}
+
+enum Identity<'a> {
+    Vcpu { vcpu: u32, tid: Option<u32>, place: usize },
+    Device(&'a str),
+    Target(&'a str),
+}
+
+struct Entity<'a> {
+    who: Identity<'a>,
+    values: &'a Values,
+    sample: &'a DomainSample,
+}
+
+impl Serialize for Entity<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let mut map = to.serialize_map(None)?;
+        match self.who {
+            Identity::Vcpu { vcpu, tid, .. } => {
+                map.serialize_entry("vcpu", &vcpu)?;
+                if let Some(tid) = tid {
+                    map.serialize_entry("tid", &tid)?;
+                }
+            }
+            Identity::Device(device) => map.serialize_entry("device", device)?,
+            Identity::Target(target) => map.serialize_entry("target", target)?,
+        }
+        serialize_values::<S>(&mut map, self.values, self.sample)?;
+        if let Identity::Vcpu { place, .. } = self.who {
+            let detail = &self.sample.vcpu_details[place];
+            let histograms = [("wait_hist_ns", &detail.wait_hist), ("run_hist_ns", &detail.run_hist)];
+            for (name, histogram) in histograms {
+                if let Some(histogram) = histogram {
+                    map.serialize_entry(name, histogram)?;
+                }
+            }
+            if let Some(culprits) = &detail.preempted_by {
+                map.serialize_entry("preempted_by", culprits)?;
+            }
+            if let Some(state) = detail.state {
+                map.serialize_entry("state", state)?;
+            }
+        }
+        map.end()
+    }
+}
+
+fn serialize_vcpus<S: Serializer>(of: &Entities<'_, inventory::Vcpu>, to: S) -> Result<S::Ok, S::Error> {
+    serialize_entities(of, to, |place, v| Identity::Vcpu { vcpu: v.index.0, tid: v.tid.map(|t| t.0), place })
+}
+
+fn serialize_interfaces<S: Serializer>(
+    of: &Entities<'_, inventory::Interface>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    serialize_entities(of, to, |_, i| Identity::Device(&i.device))
+}
+
+fn serialize_disks<S: Serializer>(of: &Entities<'_, inventory::Disk>, to: S) -> Result<S::Ok, S::Error> {
+    serialize_entities(of, to, |_, d| Identity::Target(&d.target))
+}

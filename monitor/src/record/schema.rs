@@ -1,0 +1,160 @@
+//! The JSON Schema of the stream: derived from the record types, and for samples from the metric table.
+
+use schemars::{Schema, SchemaGenerator, json_schema};
+use serde_json::Value;
+
+use super::{Record, SCHEMA_VERSION};
+use crate::{
+    metric::{Kind, METRICS, MetricDef, Scope},
+    units::SourceKind,
+};
+
+/// The JSON Schema of one line of the stream.
+#[must_use]
+pub fn schema() -> Schema {
+    let mut settings = schemars::generate::SchemaSettings::draft2020_12().for_serialize();
+    settings.inline_subschemas = false;
+    let mut schema = settings.into_generator().into_root_schema_for::<Record<'static>>();
+    schema.insert("title".to_owned(), "kvm-monitor stream line".into());
+    schema.insert("$id".to_owned(), format!("urn:kvm-monitor:stream:{SCHEMA_VERSION}").into());
+    close(&mut schema);
+    schema
+}
+
+/// The program writes no key that the schema it prints does not name, and no `null`: a missing value is a missing
+/// key. The schema says so, that a validator finds what breaks it.
+fn close(schema: &mut Schema) {
+    let mut lines = Vec::new();
+    for line in schema.get_mut("oneOf").and_then(Value::as_array_mut).into_iter().flatten() {
+        // The keys of a line are its `type` and those of the definition it refers to.
+        line["unevaluatedProperties"] = false.into();
+        lines.extend(line["$ref"].as_str().and_then(|r| r.strip_prefix("#/$defs/")).map(str::to_owned));
+    }
+    for (name, def) in schema.get_mut("$defs").and_then(Value::as_object_mut).into_iter().flatten() {
+        let Some(properties) = def.get_mut("properties").and_then(Value::as_object_mut) else { continue };
+        properties.values_mut().for_each(forbid_null);
+        if !lines.contains(name) {
+            def["additionalProperties"] = false.into();
+        }
+    }
+}
+
+/// Undoes what schemars makes of an `Option`.
+fn forbid_null(property: &mut Value) {
+    let Some(property) = property.as_object_mut() else { return };
+    if let Some(types) = property.get_mut("type").and_then(Value::as_array_mut) {
+        types.retain(|t| t != "null");
+        if let [one] = types.as_mut_slice() {
+            let one = one.take();
+            property.insert("type".to_owned(), one);
+        }
+    }
+    if let Some(Value::Array(choices)) = property.remove("anyOf") {
+        let choice = choices.into_iter().find(|c| c["type"] != "null");
+        property.extend(choice.into_iter().filter_map(|c| c.as_object().cloned()).flatten());
+    }
+}
+
+pub(super) fn windows(_: &mut SchemaGenerator) -> Schema {
+    let window = json_schema!({
+        "type": "array", "items": { "type": "integer", "minimum": 0 }, "minItems": 2, "maxItems": 2
+    });
+    let properties: serde_json::Map<_, _> =
+        SourceKind::ALL.iter().map(|s| (s.name().to_owned(), window.clone().to_value())).collect();
+    json_schema!({ "type": "object", "properties": properties, "additionalProperties": false })
+}
+
+/// The object of one entity: its identity, its metrics, and what follows from them.
+fn entity_schema(scope: Scope, identity: &[(&str, Schema)], derived: &[(&str, Schema)]) -> Schema {
+    let mut properties = serde_json::Map::new();
+    for (name, schema) in identity.iter().chain(derived) {
+        properties.insert((*name).to_owned(), schema.clone().to_value());
+    }
+    for def in METRICS.iter().filter(|def| def.scope == scope) {
+        properties.insert(def.name.to_owned(), metric_schema(def).to_value());
+    }
+    let required: Vec<&str> = identity.iter().map(|(name, _)| *name).filter(|n| *n != "tid").collect();
+    json_schema!({
+        "type": "object", "properties": properties, "required": required, "additionalProperties": false
+    })
+}
+
+fn metric_schema(def: &MetricDef) -> Schema {
+    let mut properties = serde_json::Map::new();
+    for source in def.sources {
+        properties.insert(source.name().to_owned(), serde_json::json!({ "type": "integer", "minimum": 0 }));
+    }
+    let names: Vec<&str> = def.sources.iter().map(|s| s.name()).collect();
+    properties.insert("best".to_owned(), serde_json::json!({ "enum": names }));
+    if def.kind == Kind::Counter {
+        properties.insert("per_s".to_owned(), serde_json::json!({ "type": "number", "minimum": 0 }));
+    }
+    let description = format!(
+        "{} ({}, {})",
+        def.help,
+        def.unit.name(),
+        if def.kind == Kind::Counter { "counter" } else { "gauge" }
+    );
+    json_schema!({
+        "type": "object", "description": description, "properties": properties, "required": ["best"],
+        "minProperties": 2, "additionalProperties": false
+    })
+}
+
+pub(super) fn cpu(_: &mut SchemaGenerator) -> Schema {
+    let names: Vec<&str> = SourceKind::ALL.iter().map(|s| s.name()).collect();
+    let percent = json_schema!({
+        "type": "object", "description": "CPU time per wall time, per cent of one CPU.",
+        "properties": { "best": { "enum": names }, "value": { "type": "number", "minimum": 0 } },
+        "required": ["best", "value"], "additionalProperties": false
+    });
+    entity_schema(Scope::Cpu, &[], &[("util_pct", percent)])
+}
+
+pub(super) fn memory(_: &mut SchemaGenerator) -> Schema {
+    let derived = [
+        ("used_bytes", json_schema!({ "type": "integer", "minimum": 0 })),
+        ("used_by", json_schema!({ "enum": ["available_minus_usable", "available_minus_unused"] })),
+        (
+            "age_s",
+            json_schema!({ "type": "integer", "minimum": 0, "description": "Seconds since the guest last reported." }),
+        ),
+        (
+            "stale",
+            json_schema!({ "type": "boolean", "description": "age_s is above three reporting periods, or the guest does not report." }),
+        ),
+    ];
+    entity_schema(Scope::Memory, &[], &derived)
+}
+
+pub(super) fn vcpus(generator: &mut SchemaGenerator) -> Schema {
+    let number = json_schema!({ "type": "integer", "minimum": 0 });
+    let bucket = json_schema!({
+        "type": "array", "items": { "type": "integer", "minimum": 0 }, "minItems": 3, "maxItems": 3
+    });
+    let histogram = |of: &str| {
+        json_schema!({
+            "type": "array", "items": bucket.clone().to_value(),
+            "description": format!("Lengths of {of} that ended since the last histogram: [from, to, count], ns.")
+        })
+    };
+    let derived = [
+        ("wait_hist_ns", histogram("waits")),
+        ("run_hist_ns", histogram("runs")),
+        ("preempted_by", generator.subschema_for::<Vec<crate::sample::PreemptedBy>>()),
+        ("state", json_schema!({ "enum": ["running", "waiting", "sleeping"] })),
+    ];
+    array_of(entity_schema(Scope::Vcpu, &[("vcpu", number.clone()), ("tid", number)], &derived))
+}
+
+pub(super) fn interfaces(_: &mut SchemaGenerator) -> Schema {
+    array_of(entity_schema(Scope::Interface, &[("device", json_schema!({ "type": "string" }))], &[]))
+}
+
+pub(super) fn disks(_: &mut SchemaGenerator) -> Schema {
+    array_of(entity_schema(Scope::Disk, &[("target", json_schema!({ "type": "string" }))], &[]))
+}
+
+fn array_of(items: Schema) -> Schema {
+    json_schema!({ "type": "array", "items": items.to_value() })
+}
