@@ -53,24 +53,20 @@ pub struct Table(pub [u64; TABLE_ENTRIES]);
 
 /// A followed thread, in the slot that user space gave it.
 ///
-/// `tid` and `role` are written by user space; the rest by the programs: by `seed_threads` when the thread
+/// `tid` and `histograms` are written by user space; the rest by the programs: by `seed_threads` when the thread
 /// is first followed, then by `sched_switch` on the CPU the thread leaves or enters. Counts begin when it is followed.
-#[repr(C)]
+/// What a switch needs is in the first 64 bytes, one cache line.
+#[repr(C, align(128))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thread {
     /// Thread id in the initial pid namespace; 0 is a free slot.
     pub tid: u32,
-    /// [`ROLE_FOLLOWED`] or [`ROLE_CLOCK`].
-    pub role: u32,
-    /// Address of the `task_struct`, 0 until the thread was seen. Only ever read through
-    /// `bpf_probe_read_kernel`, and believed only while the id found there is `tid`.
-    pub task: u64,
-    /// `task_struct.start_boottime`, nanoseconds: tells a reused thread id from the thread meant.
-    pub start_boottime_ns: u64,
     /// Odd while a switch changes what follows, and different after it.
     pub sequence: u32,
     /// [`STATE_UNKNOWN`], [`STATE_ON_CPU`], [`STATE_SLEEPING`] or [`STATE_PREEMPTED`], as of the last switch.
     pub state: u32,
+    /// Place of its histograms and charges, plus 1; 0 = none are kept; or [`CLOCK_THREAD`].
+    pub histograms: u32,
     /// Scheduler clock at the last switch, nanoseconds; 0 = not switched yet.
     pub since_ns: u64,
     /// `se.sum_exec_runtime` at the last switch away, nanoseconds since the thread started.
@@ -85,23 +81,26 @@ pub struct Thread {
     pub yields: u32,
     /// Switches to after such a switch away: the wakeups that led to a run.
     pub wakeups: u32,
-    /// Switches to on another CPU than the last.
-    pub migrations: u32,
     /// CPU of the last switch to, plus 1; 0 = none yet.
     pub last_cpu: u32,
-    /// Place of its histograms, plus 1; 0 = none are kept.
-    pub histograms: u32,
+    /// Switches to on another CPU than the last.
+    pub migrations: u32,
+    /// Nothing.
+    pub reserved: u32,
+    /// Address of the `task_struct`, 0 until the thread was seen. Only ever read through
+    /// `bpf_probe_read_kernel`, and believed only while the id found there is `tid`.
+    pub task: u64,
+    /// `task_struct.start_boottime`, nanoseconds: tells a reused thread id from the thread meant.
+    pub start_boottime_ns: u64,
 }
 
 impl Thread {
     /// A free slot.
     pub const ZERO: Self = Self {
         tid: 0,
-        role: ROLE_FOLLOWED,
-        task: 0,
-        start_boottime_ns: 0,
         sequence: 0,
         state: STATE_UNKNOWN,
+        histograms: 0,
         since_ns: 0,
         run_ns: 0,
         wait_ns: 0,
@@ -109,17 +108,17 @@ impl Thread {
         preemptions: 0,
         yields: 0,
         wakeups: 0,
-        migrations: 0,
         last_cpu: 0,
-        histograms: 0,
+        migrations: 0,
+        reserved: 0,
+        task: 0,
+        start_boottime_ns: 0,
     };
 }
 
-/// The thread is accounted.
-pub const ROLE_FOLLOWED: u32 = 0;
 /// The thread is kvm-monitor's own: each time it enters or leaves a CPU the scheduler clock is compared with
 /// `CLOCK_MONOTONIC`, so that no program has to read a clock for the threads that are accounted.
-pub const ROLE_CLOCK: u32 = 1;
+pub const CLOCK_THREAD: u32 = u32::MAX;
 
 /// Not switched since it is followed; `task_struct.on_cpu` decides.
 pub const STATE_UNKNOWN: u32 = 0;
@@ -227,11 +226,14 @@ pub struct Histograms {
     pub wait: Histogram,
     /// Lengths of runs, from the switch to the thread to the switch away, by the task clock.
     pub run: Histogram,
+    /// Nothing. Without it the histograms of all threads would begin 4096 bytes apart, and their usual buckets would
+    /// share a few sets of the caches.
+    pub stagger: [u64; 8],
 }
 
 impl Histograms {
     /// Nothing counted.
-    pub const ZERO: Self = Self { wait: [0; BUCKETS], run: [0; BUCKETS] };
+    pub const ZERO: Self = Self { wait: [0; BUCKETS], run: [0; BUCKETS], stagger: [0; 8] };
 }
 
 /// Histograms that can be kept at once.
@@ -496,7 +498,7 @@ impl Layout {
     };
 }
 
-const _: () = assert!(size_of::<Thread>() == 88); // no padding
+const _: () = assert!(size_of::<Thread>() == 128 && core::mem::offset_of!(Thread, migrations) == 64);
 const _: () = assert!(size_of::<Reading>() == 96);
 const _: () = assert!(size_of::<Clock>() == 40);
 const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1064);

@@ -5,6 +5,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for people at a terminal")]
 
 mod apt;
+mod bench;
 mod build;
 mod demo;
 mod docs;
@@ -33,6 +34,7 @@ usage: cargo xtask SUBCOMMAND
   test [--unit-only|--live-only]
                                lint, unit tests, and as root live tests with a real guest
   lint                         formatting, clippy, documentation, generated documents
+  bench sched                  cost of the probes at a context switch, as root; prints ratios side by side
   docs [--check]               write the generated parts of the documents, or check them
 
 KVM_MONITOR_BPF_ROUTE=rustup|distro   allow one way to a compiler for BPF only
@@ -68,6 +70,7 @@ fn dispatch(args: &[String]) -> Result<bool> {
         "demo" => demo::run(args)?,
         "test" => return test::run(args),
         "lint" => return lint::run(args),
+        "bench" => bench::run(args)?,
         "docs" => docs::run(args)?,
         "help" | "--help" | "-h" => println!("{HELP}"),
         other => bail!("no subcommand `{other}`\n{HELP}"),

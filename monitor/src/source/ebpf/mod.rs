@@ -18,9 +18,9 @@ use aya::{
     programs::{BtfTracePoint, Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use monitor_ebpf::{
-    Armed, COMPARISONS, CPUS, ChargeTables, Clock, FILTER_BITS, Filter, HISTOGRAMS, Layout, NOW_RUNNING,
-    NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, ROLE_CLOCK, ROLE_FOLLOWED, Reading, TABLE_ENTRIES,
-    TABLE_PROBES, THREADS, Table, Thread, table_entry, table_slot, table_start,
+    Armed, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Clock, FILTER_BITS, Filter, HISTOGRAMS, Layout,
+    NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, TABLE_ENTRIES, TABLE_PROBES,
+    THREADS, Table, Thread, table_entry, table_slot, table_start,
 };
 pub use monitor_ebpf::{
     BUCKETS, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, bucket_range,
@@ -28,7 +28,7 @@ pub use monitor_ebpf::{
 
 use self::{
     mapped::{Mapped, change_bit},
-    probes::{Attach, Need, PROBES, Probe, ProbeState},
+    probes::{Attach, Need, PROBES, Probe, ProbeGroup, ProbeState},
 };
 use crate::one_line;
 use crate::units::{MonotonicNs, Tid, Window, duration_ns};
@@ -208,11 +208,7 @@ impl Ebpf {
     /// Runs of each program so far; empty unless the kernel counts them.
     #[must_use]
     pub fn runs(&self) -> Vec<(&'static str, ProgramRuns)> {
-        let runs = |name: &'static str| {
-            let info = self.object.program(name)?.info().ok()?;
-            let runs = ProgramRuns { count: info.run_count(), ns: duration_ns(info.run_time()) };
-            (runs.count > 0).then_some((name, runs))
-        };
+        let runs = |name: &'static str| Some((name, runs(&self.object, name)?));
         PROBES.iter().filter_map(|probe| runs(probe.program)).collect()
     }
 
@@ -221,10 +217,10 @@ impl Ebpf {
     /// # Errors
     /// [`Full`] if the kernel tables have no room. Where only the histograms have none, the rest is kept.
     pub fn follow(&mut self, tid: Tid, keep: Keep) -> Result<Slot, Full> {
-        self.follow_as(tid, ROLE_FOLLOWED, keep)
+        self.follow_as(tid, None, keep)
     }
 
-    fn follow_as(&mut self, tid: Tid, role: u32, keep: Keep) -> Result<Slot, Full> {
+    fn follow_as(&mut self, tid: Tid, clock: Option<u32>, keep: Keep) -> Result<Slot, Full> {
         let full = Full(self.followed);
         let Some(entry) = self.entry_for(0, tid.0) else { return Err(full) };
         let Some(place) = self.places.take(THREADS) else { return Err(full) };
@@ -237,7 +233,11 @@ impl Ebpf {
             self.charges.set(histograms as usize, ChargeTables::ZERO);
         }
         self.readings.set(place as usize, Reading::ZERO);
-        let thread = Thread { tid: tid.0, role, histograms: histograms.map_or(0, |h| h + 1), ..Thread::ZERO };
+        let thread = Thread {
+            tid: tid.0,
+            histograms: clock.or(histograms.map(|h| h + 1)).unwrap_or(0),
+            ..Thread::ZERO
+        };
         self.threads.set(place as usize, thread);
         self.table.word(entry).store(table_entry(tid.0, place), Ordering::Release);
         let bit = tid.0 % FILTER_BITS;
@@ -373,7 +373,7 @@ impl Ebpf {
     fn compare_clocks(&mut self) {
         self.clock.set(0, Clock::ZERO);
         let me = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap_or(0);
-        if self.follow_as(Tid(me), ROLE_CLOCK, Keep::Times).is_err() {
+        if self.follow_as(Tid(me), Some(CLOCK_THREAD), Keep::Times).is_err() {
             return; // Impossible in empty tables; without the clock nothing in progress is added.
         }
         for _ in 0..50 {
@@ -383,6 +383,41 @@ impl Ebpf {
             std::thread::sleep(std::time::Duration::from_micros(100));
         }
     }
+}
+
+/// An attached program that does nothing: the yardstick of benchmarks.
+pub struct Yardstick(Object);
+
+impl Yardstick {
+    const PROGRAM: &'static str = "bench_empty";
+
+    /// Loads and attaches it.
+    ///
+    /// # Errors
+    /// As [`Ebpf::open`].
+    pub fn open() -> Result<Self, EbpfError> {
+        let btf = Btf::from_sys_fs().map_err(EbpfError::Btf)?;
+        let mut object =
+            EbpfLoader::new().btf(Some(&btf)).load(OBJECT).map_err(|e| EbpfError::Load(one_line(&e)))?;
+        let attach = Attach::BtfTracepoint("sched_switch");
+        let probe = Probe { program: Self::PROGRAM, attach, group: ProbeGroup::Sched, need: Need::Required };
+        self::attach(&mut object, &probe, &btf)
+            .map_err(|reason| EbpfError::Program { program: Self::PROGRAM, reason })?;
+        Ok(Self(object))
+    }
+
+    /// Its runs so far, if the kernel counts them.
+    #[must_use]
+    pub fn runs(&self) -> Option<ProgramRuns> {
+        runs(&self.0, Self::PROGRAM)
+    }
+}
+
+/// Runs of a program; `None` unless the kernel counts them.
+fn runs(object: &Object, name: &str) -> Option<ProgramRuns> {
+    let info = object.program(name)?.info().ok()?;
+    let runs = ProgramRuns { count: info.run_count(), ns: duration_ns(info.run_time()) };
+    (runs.count > 0).then_some(runs)
 }
 
 fn attach(object: &mut Object, probe: &Probe, btf: &Btf) -> Result<(), String> {
