@@ -59,6 +59,8 @@ fn guests_survive_libvirtd() {
         assert_eq!((lab.libvirtd_pid(), guest.is_alive()), (None, true));
         lab.start_libvirtd().unwrap();
         assert!(lab.virsh(&["list"]).unwrap().contains("survivor"));
+        // This waits until libvirtd has its connection to QEMU again; a destroy before that races with it.
+        lab.virsh(&["dommemstat", "survivor"]).unwrap();
     }
     guest.destroy().unwrap();
     assert!(!guest.is_alive());
