@@ -42,8 +42,9 @@ static CLOCK: Array<Clock> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// prev_state)`, on the CPU that switches, with the run queue locked.
 ///
 /// For a followed `prev`: copies the kernel's run and wait time into its slot, adds the time on the CPU, counts, and
-/// adds the run and the wait before it to the histograms. For a followed `next`: notes that it is on a CPU. All
-/// times are nanoseconds. Everybody else pays one bit test each.
+/// adds the run and the wait before it to the histograms. For a followed `next`: charges its wait to who
+/// had the CPU, and notes that it is on one. All times are nanoseconds. Everybody else pays one bit test each, and one
+/// byte test for the history of the CPU.
 #[btf_tracepoint(function = "sched_switch")]
 pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     let prev: Address = ctx.arg(1);

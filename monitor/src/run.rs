@@ -222,11 +222,11 @@ impl Runner {
         if self.tracker.ebpf().is_none() {
             return;
         }
-        let count = self.tracker.count(SourceKind::Ebpf).clone();
         let lost = self.tracker.ebpf_failed();
         if lost != std::mem::replace(&mut self.ebpf_lost, lost) {
             let (kind, detail) = if lost {
-                (EventKind::SourceLost, format!("ebpf: {}", count.last_error.unwrap_or_default()))
+                let error = self.tracker.count(SourceKind::Ebpf).last_error.clone();
+                (EventKind::SourceLost, format!("ebpf: {}", error.unwrap_or_default()))
             } else {
                 (EventKind::SourceBack, "ebpf: reading works again".to_owned())
             };
@@ -292,9 +292,12 @@ impl Runner {
     fn write_session(&mut self, ebpf_reason: Option<String>, probes: Vec<ProbeInfo>) {
         let wall = jiff::Timestamp::now();
         let mono = MonotonicNs::now();
-        let off = |mode| (mode == Mode::Off).then(|| "switched off by --libvirt off".to_owned());
         let libvirt = self.libvirt.as_ref().map_or_else(
-            || SourceInfo { available: false, reason: off(Mode::Off), details: BTreeMap::new() },
+            || SourceInfo {
+                available: false,
+                reason: Some("switched off by --libvirt off".to_owned()),
+                details: BTreeMap::new(),
+            },
             |libvirt| libvirt.info.clone(),
         );
         let ebpf =

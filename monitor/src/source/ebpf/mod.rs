@@ -274,15 +274,16 @@ impl Ebpf {
     /// Takes what was charged for the thread's waits since the last call: the programs go on in another table.
     #[must_use]
     pub fn take_charges(&self, slot: &Slot) -> Option<Charges> {
+        const WORDS: usize = size_of::<Charges>() / 8;
         let place = slot.histograms? as usize;
-        let in_use = self.charges.word_of(place, 0).load(Ordering::Relaxed) & 1;
-        let other = 1 - in_use;
-        for word in 0..size_of::<Charges>() / 8 {
-            let at = 1 + usize::from(other == 1) * (size_of::<Charges>() / 8) + word;
-            self.charges.word_of(place, at).store(0, Ordering::Relaxed);
+        let chosen = self.charges.word_of(place, 0);
+        let (in_use, other) = if chosen.load(Ordering::Relaxed) & 1 == 0 { (0, 1) } else { (1, 0) };
+        // The tables stand after the first word of `ChargeTables`.
+        for word in 0..WORDS {
+            self.charges.word_of(place, 1 + other * WORDS + word).store(0, Ordering::Relaxed);
         }
-        self.charges.word_of(place, 0).store(other, Ordering::Release);
-        Some(self.charges.get(place).tables[usize::from(in_use == 1)])
+        chosen.store(other as u64, Ordering::Release);
+        Some(self.charges.get(place).tables[in_use])
     }
 
     /// The table entry near `near`'s place that holds `tid`, or a free one for `tid` 0.
