@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::sync::OnceLock;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::process;
 
@@ -39,15 +39,56 @@ pub(crate) fn sudo_works() -> bool {
     *WORKS.get_or_init(|| process::succeeds(Command::new("sudo").args(["-n", "true"])))
 }
 
+/// What to do with an installed package of another release that a needed one cannot stand beside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Conflicts {
+    /// Leave it, and fail.
+    Keep,
+    /// Replace it by the version that goes with this system's release.
+    Downgrade,
+}
+
 /// Installs the packages, after refreshing the package lists once.
-pub(crate) fn install(packages: &[&str]) -> Result<()> {
+pub(crate) fn install(packages: &[&str], conflicts: Conflicts) -> Result<()> {
     usable()?;
     update();
-    eprintln!("installing with apt: {}", packages.join(" "));
+    let in_the_way = in_the_way(packages);
+    if let (Conflicts::Keep, Some(package)) = (conflicts, in_the_way.first()) {
+        bail!(
+            "the installed {package} is of another release and cannot stay beside what is needed; \
+             `cargo xtask setup --allow-downgrade` replaces it by the version of this release"
+        );
+    }
+    let replaced = in_the_way.iter().map(|package| release_version(package)).collect::<Result<Vec<_>>>()?;
+    eprintln!("installing with apt: {} {}", packages.join(" "), replaced.join(" "));
     let mut command = apt_get();
     // --no-remove: a package that would displace another, say a packaged rustup, is not worth it.
-    command.args(OPTIONS).args(["--no-remove", "--no-install-recommends", "install"]).args(packages);
-    process::run_tailed(&mut command)
+    command.args(OPTIONS).args(["--no-remove", "--no-install-recommends"]);
+    if !replaced.is_empty() {
+        command.arg("--allow-downgrades");
+    }
+    process::run_tailed(command.arg("install").args(packages).args(&replaced))
+}
+
+/// Installed packages that apt would remove for the sake of these.
+fn in_the_way(packages: &[&str]) -> Vec<String> {
+    let mut command = Command::new("apt-get");
+    command.args(["-q", "--simulate", "--no-install-recommends", "install"]).args(packages);
+    removed(&process::output(&mut command).unwrap_or_default())
+}
+
+/// The packages that a simulated run removes: its lines `Remv NAME [VERSION]`.
+fn removed(simulation: &str) -> Vec<String> {
+    let name = |line: &str| Some(line.strip_prefix("Remv ")?.split_whitespace().next()?.to_owned());
+    simulation.lines().filter_map(name).collect()
+}
+
+/// `NAME=VERSION` with the newest version that the package lists have.
+fn release_version(package: &str) -> Result<String> {
+    let versions = process::output(Command::new("apt-cache").args(["madison", package]))?;
+    let newest = versions.lines().find_map(|line| Some(line.split('|').nth(1)?.trim().to_owned()));
+    let newest = newest.ok_or_else(|| anyhow!("the package lists have no {package}"))?;
+    Ok(format!("{package}={newest}"))
 }
 
 /// Refreshes the package lists, once per run. A failure is shown and left to the install to judge.
@@ -69,4 +110,16 @@ fn apt_get() -> Command {
     }
     command.args(QUIET).arg("apt-get");
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::removed;
+
+    #[test]
+    fn removals_are_found_in_a_simulation() {
+        let simulation =
+            "Reading package lists...\nRemv qemu-utils [1:10.0.2]\nInst cpio (2.13)\nConf cpio\n";
+        assert_eq!(removed(simulation), ["qemu-utils"]);
+    }
 }

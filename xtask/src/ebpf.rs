@@ -133,7 +133,7 @@ fn prepare(route: Route) -> Result<Toolchain> {
 
 fn install_compiler(route: Route) -> Result<()> {
     if route == Route::Distro {
-        return apt::install(&DISTRO_PACKAGES);
+        return apt::install(&DISTRO_PACKAGES, apt::Conflicts::Keep);
     }
     let channel = pinned_channel()?;
     let rustup = process::find_program("rustup").context("installing it needs rustup")?;

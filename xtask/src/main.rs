@@ -26,7 +26,8 @@ use anyhow::{Result, bail};
 const HELP: &str = "\
 usage: cargo xtask SUBCOMMAND
 
-  setup                        find what is missing on this machine, say why, install it where possible
+  setup [--allow-downgrade]    find what is missing on this machine, say why, install it where possible;
+                               may replace packages of another release that stand in the way
   build-ebpf                   build the kernel probes; print the path of the object
   build                        build kvm-monitor; print the path of the binary
   run [-- ARGS]                build, then start `kvm-monitor run ARGS` (with sudo if need be)

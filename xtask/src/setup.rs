@@ -5,7 +5,10 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{apt, ebpf, kernel, process};
+use crate::{
+    apt::{self, Conflicts},
+    ebpf, kernel, process,
+};
 
 /// How much has to be there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -87,10 +90,13 @@ const ITEMS: [Item; 15] = [
 
 /// The subcommand: prepares everything and reports on each item.
 pub(crate) fn run(args: &[String]) -> Result<()> {
-    if let Some(argument) = args.first() {
-        bail!("setup takes no argument, not `{argument}`");
-    }
+    let conflicts = match args {
+        [] => Conflicts::Keep,
+        [option] if option == "--allow-downgrade" => Conflicts::Downgrade,
+        [argument, ..] => bail!("setup takes --allow-downgrade only, not `{argument}`"),
+    };
     let missing: Vec<_> = missing(Guests).iter().map(|item| item.name).collect();
+    packages(Guests, conflicts)?;
     ensure(Guests)?;
     for item in &ITEMS {
         let state = if missing.contains(&item.name) { "installed" } else { "present" };
@@ -108,7 +114,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
 
 /// Makes sure that everything in the scope is there, installing what is not.
 pub(crate) fn ensure(scope: Scope) -> Result<()> {
-    packages(scope)?;
+    packages(scope, Conflicts::Keep)?;
     if ebpf::ready().is_none() {
         ebpf::toolchain().with_context(toolchain_help)?;
     }
@@ -118,7 +124,7 @@ pub(crate) fn ensure(scope: Scope) -> Result<()> {
     Ok(())
 }
 
-fn packages(scope: Scope) -> Result<()> {
+fn packages(scope: Scope, conflicts: Conflicts) -> Result<()> {
     let lacking = missing(scope);
     if lacking.is_empty() {
         return Ok(());
@@ -127,7 +133,7 @@ fn packages(scope: Scope) -> Result<()> {
         eprintln!("missing: {} (needed {}: {})", item.name, item.scope.purpose(), item.why);
     }
     apt::usable().with_context(|| commands(&lacking))?;
-    apt::install(&names(&lacking, |item| item.debian)).with_context(|| commands(&lacking))?;
+    apt::install(&names(&lacking, |item| item.debian), conflicts).with_context(|| commands(&lacking))?;
     let lacking = missing(scope);
     if let Some(item) = lacking.first() {
         bail!("{}\n{} is still missing after the installation", commands(&lacking), item.name);
