@@ -28,7 +28,7 @@ use lab::{GuestSpec, Hog, Lab, LabDirs, Which};
 use monitor::{
     inventory::QemuProcess,
     source::{
-        ebpf::{Ebpf, Keep, Slot, ThreadTimes},
+        ebpf::{Ebpf, Keep, Slot, ThreadTimes, probes::ProbeGroup},
         procfs::{SchedStat, ThreadReader},
     },
     units::{MonotonicNs, Tgid, Tid, Window},
@@ -123,7 +123,7 @@ fn read(ebpf: &mut Ebpf, slot: &Slot) -> (Window, ThreadTimes) {
 /// before the kernel's next update: a reading in between may be ahead by as much, rarely.
 #[test]
 fn a_run_in_progress_is_counted_to_the_microsecond() {
-    let mut ebpf = Ebpf::open().unwrap();
+    let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
     let spinner = Spinner::start();
     let slot = follow(&mut ebpf, spinner.tid);
     let (mut worst, mut without, mut ahead) = (0, 0, 0);
@@ -151,7 +151,7 @@ fn a_run_in_progress_is_counted_to_the_microsecond() {
 /// it is over. Between two readings it must have waited for as long as lies between them.
 #[test]
 fn a_wait_in_progress_is_counted_to_the_microsecond() {
-    let mut ebpf = Ebpf::open().unwrap();
+    let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
     let victim = Spinner::start();
     let slot = follow(&mut ebpf, victim.tid);
     let file = schedstat(victim.tid);
@@ -254,7 +254,7 @@ fn a_vcpu_agrees_with_schedstat_at_rest_busy_and_contended() {
     let process = QemuProcess { tgid: Tgid(guest.pid), start_time_ticks: 0 };
     let tid = Tid(guest.vcpu_tids().unwrap()[0]);
     let file = ThreadReader::open(Path::new("/proc"), process, tid).unwrap();
-    let mut ebpf = Ebpf::open().unwrap();
+    let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
     let slot = follow(&mut ebpf, tid);
     let mut compare = |name| {
         let phase = compare_for(&mut ebpf, &slot, &file);

@@ -5,7 +5,10 @@ use std::{fmt::Write as _, time::Duration};
 use crate::{
     cli::{Mode, SourceArgs},
     host::{Facts, release},
-    source::{ebpf::Ebpf, libvirt, procfs},
+    source::{
+        ebpf::{Ebpf, probes::ProbeGroup},
+        libvirt, procfs,
+    },
     tracker::open_ebpf,
 };
 
@@ -48,7 +51,7 @@ fn check_ebpf(text: &mut String, mode: Mode) -> bool {
         line(text, "ebpf", Err("switched off by --ebpf off"));
         return false;
     }
-    match open_ebpf(&Facts::read()) {
+    match open_ebpf(&Facts::read(), ProbeGroup::ALL) {
         Ok(ebpf) => {
             line(text, "ebpf", Ok("kernel programs load and attach"));
             probe_lines(text, &ebpf);

@@ -4,6 +4,8 @@ use std::{str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::source::ebpf::probes::ProbeGroup;
+
 /// Profiles KVM and QEMU guests from the host, without an agent inside.
 #[derive(Debug, Parser)]
 #[command(name = "kvm-monitor", version, about, max_term_width = 100)]
@@ -67,7 +69,7 @@ pub struct RunArgs {
     pub duration: Option<Period>,
     /// Groups of kernel probes to attach, separated by commas [default: all].
     #[arg(long, value_enum, value_delimiter = ',', value_name = "GROUPS")]
-    pub probes: Option<Vec<Probes>>,
+    pub probes: Option<Vec<ProbeGroup>>,
     /// Where the stream goes: a file, or - for standard output.
     #[arg(long, value_name = "FILE", default_value = "-")]
     pub output: String,
@@ -104,13 +106,6 @@ pub enum Mode {
     Off,
     /// Fail without it.
     Require,
-}
-
-/// Groups of kernel probes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Probes {
-    /// vCPU scheduling.
-    Sched,
 }
 
 /// Output of `list`.
@@ -168,6 +163,8 @@ pub struct Config {
     pub libvirt_interval: Duration,
     /// Time between reads of libvirt's dear groups while kernel probes work.
     pub libvirt_slow_interval: Duration,
+    /// Groups of kernel probes asked for by name; absent means every one that works.
+    pub probes: Option<Vec<ProbeGroup>>,
     /// How long to run.
     pub duration: Option<Duration>,
     /// File, or `-`.
@@ -180,9 +177,6 @@ pub enum ConfigError {
     /// The interval is too short.
     #[error("--interval {0:?} is too short: 10ms is the least")]
     IntervalTooShort(Duration),
-    /// Nothing is left to measure with.
-    #[error("--probes without any group and --ebpf require contradict each other")]
-    NoProbes,
     /// Probes are asked for and forbidden.
     #[error("--probes and --ebpf off contradict each other: leave out one of them")]
     ProbesOff,
@@ -199,16 +193,13 @@ impl Config {
             return Err(ConfigError::IntervalTooShort(interval));
         }
         let libvirt_interval = args.libvirt_interval.map_or(interval.max(Duration::from_secs(1)), |p| p.0);
-        let no_probes = args.probes.as_ref().is_some_and(|p| !p.contains(&Probes::Sched));
-        let ebpf = match (args.sources.ebpf, no_probes) {
-            (Mode::Require, true) => return Err(ConfigError::NoProbes),
-            (Mode::Off, _) if args.probes.is_some() => return Err(ConfigError::ProbesOff),
-            (_, true) => Mode::Off,
-            (mode, false) => mode,
-        };
+        if args.sources.ebpf == Mode::Off && args.probes.is_some() {
+            return Err(ConfigError::ProbesOff);
+        }
         Ok(Self {
             uri: args.sources.connect,
-            ebpf,
+            ebpf: args.sources.ebpf,
+            probes: args.probes,
             libvirt: args.sources.libvirt,
             domains: args.domains,
             interval,
@@ -217,6 +208,12 @@ impl Config {
             duration: args.duration.map(|p| p.0),
             output: args.output,
         })
+    }
+
+    /// The groups of kernel probes to attach.
+    #[must_use]
+    pub fn probe_groups(&self) -> &[ProbeGroup] {
+        self.probes.as_deref().unwrap_or(ProbeGroup::ALL)
     }
 }
 

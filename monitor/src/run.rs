@@ -16,7 +16,10 @@ use crate::{
     },
     sink::{Ndjson, SinkEnd, SinkError},
     source::{
-        ebpf::{self, Ebpf},
+        ebpf::{
+            self, Ebpf,
+            probes::{Need, ProbeState},
+        },
         libvirt::{Connected, Groups, Libvirt, Update},
     },
     tracker::{Notice, Tracker, Wanted, open_ebpf},
@@ -39,6 +42,14 @@ pub enum RunError {
     /// Asked for by name and impossible.
     #[error("--ebpf require: kernel probes cannot run: {0}")]
     EbpfRequired(String),
+    /// Asked for by name and impossible.
+    #[error("--probes: {name} cannot run: {reason}")]
+    ProbeRequired {
+        /// The program.
+        name: &'static str,
+        /// Why not.
+        reason: String,
+    },
     /// Asked for by name and impossible.
     #[error("--libvirt require: {0}")]
     LibvirtRequired(String),
@@ -105,7 +116,7 @@ impl Runner {
         let facts = Facts::read();
         let ebpf = match config.ebpf {
             Mode::Off => Err("switched off by --ebpf off".to_owned()),
-            Mode::Auto | Mode::Require => open_ebpf(&facts),
+            Mode::Auto | Mode::Require => open_ebpf(&facts, config.probe_groups()),
         };
         if let (Mode::Require, Err(reason)) = (config.ebpf, &ebpf) {
             return Err(RunError::EbpfRequired(reason.clone()));
@@ -114,6 +125,9 @@ impl Runner {
             Ok(ebpf) => (Some(ebpf), None),
             Err(reason) => (None, Some(reason)),
         };
+        if let (Some(ebpf), Some(_)) = (&ebpf, &config.probes) {
+            required_probes(ebpf)?;
+        }
         let session_probes = probe_states(ebpf.as_ref(), ebpf_reason.as_deref());
         let wanted = Wanted::new(config.domains.clone());
         let now = MonotonicNs::now();
@@ -464,6 +478,18 @@ fn this_host() -> Host {
         cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
         numa_nodes: host::numa_nodes(),
         hz: rustix::param::clock_ticks_per_second(),
+    }
+}
+
+/// An error if a group that was asked for by name lacks what it cannot do without.
+fn required_probes(ebpf: &Ebpf) -> Result<(), RunError> {
+    let missing = ebpf.states().iter().find_map(|(probe, state)| match state {
+        ProbeState::Failed(reason) if probe.need == Need::Required => Some((probe.program, reason.clone())),
+        _ => None,
+    });
+    match missing {
+        Some((name, reason)) => Err(RunError::ProbeRequired { name, reason }),
+        None => Ok(()),
     }
 }
 

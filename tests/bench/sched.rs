@@ -25,7 +25,7 @@ use std::{
 };
 
 use monitor::{
-    source::ebpf::{Ebpf, Keep, ProgramRuns, Slot, Yardstick},
+    source::ebpf::{Ebpf, Keep, ProgramRuns, Slot, Yardstick, probes::ProbeGroup},
     units::Tid,
 };
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -131,7 +131,7 @@ impl Subject {
                 Some(ring.measure(|| yardstick.runs().map(|r| ("empty".to_owned(), r)).into_iter().collect()))
             }
             Self::OtherThreads | Self::VmThreads => {
-                let mut ebpf = Ebpf::open().unwrap();
+                let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
                 let follow = |tid: &Tid| ebpf.follow(*tid, Keep::TimesAndHistograms).unwrap();
                 let _slots: Vec<Slot> = match self {
                     Self::VmThreads => ring.tids.iter().map(follow).collect(),

@@ -10,10 +10,16 @@ use crate::units::{Tid, Window};
 #[error("this program was built without kernel probes")]
 pub struct EbpfError;
 
-/// No more threads can be followed.
+/// A thread cannot be followed.
 #[derive(Debug, thiserror::Error)]
-#[error("this program was built without kernel probes")]
-pub struct Full;
+pub enum NotFollowed {
+    /// Always.
+    #[error("this program was built without kernel probes")]
+    Off,
+    /// Never.
+    #[error("no room ({0} are followed)")]
+    Full(usize),
+}
 
 /// There is none.
 #[derive(Debug)]
@@ -54,7 +60,7 @@ impl Ebpf {
     ///
     /// # Errors
     /// Always.
-    pub fn open() -> Result<Self, EbpfError> {
+    pub fn open(_: &[probes::ProbeGroup]) -> Result<Self, EbpfError> {
         Err(EbpfError)
     }
 
@@ -74,7 +80,7 @@ impl Ebpf {
     ///
     /// # Errors
     /// None.
-    pub fn follow(&mut self, _: Tid, _: Keep) -> Result<Slot, Full> {
+    pub fn follow(&mut self, _: Tid, _: Keep) -> Result<Slot, NotFollowed> {
         match *self {}
     }
 

@@ -13,7 +13,7 @@ use crate::{
     inventory::{Domain, DomainState, FoundBy, Owner, QemuProcess},
     record::{Change, EventKind},
     source::{
-        ebpf::{Ebpf, EbpfError, Keep},
+        ebpf::{Ebpf, EbpfError, Keep, NotFollowed, probes::ProbeGroup},
         libvirt::{Groups, LibvirtSample},
         procfs::{self, FoundQemu, ProcessReader, Processes, ThreadReader},
     },
@@ -376,7 +376,7 @@ impl Tracker {
                 thread.slot = Some(slot);
                 tracked.followed_since.get_or_insert_with(MonotonicNs::now);
             }
-            Some(Err(full)) if !std::mem::replace(&mut self.full_reported, true) => {
+            Some(Err(full @ NotFollowed::Full(_))) if !std::mem::replace(&mut self.full_reported, true) => {
                 self.notices.push(Notice::Event {
                     kind: EventKind::LostEvents,
                     domain: None,
@@ -493,11 +493,11 @@ impl From<ReadCount> for crate::record::SourceHealth {
     }
 }
 
-/// Opens the kernel programs if the facts allow it.
+/// Opens the kernel programs of these groups if the facts allow it.
 ///
 /// # Errors
 /// Why not, in one line with the fix.
-pub fn open_ebpf(facts: &crate::host::Facts) -> Result<Ebpf, String> {
+pub fn open_ebpf(facts: &crate::host::Facts, groups: &[ProbeGroup]) -> Result<Ebpf, String> {
     crate::host::ebpf_rule(facts).map_err(|u| u.to_string())?;
-    Ebpf::open().map_err(|e: EbpfError| crate::one_line(&e))
+    Ebpf::open(groups).map_err(|e: EbpfError| crate::one_line(&e))
 }

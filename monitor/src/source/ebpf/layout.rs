@@ -26,13 +26,20 @@ pub enum LayoutError {
     },
 }
 
-/// Reads every offset the programs need.
+/// Reads the kernel's type information.
 ///
 /// # Errors
-/// If BTF cannot be parsed or a structure lacks a field; the message names it.
-pub fn resolve(btf_file: &Path) -> Result<Layout, LayoutError> {
-    let btf = Btf::from_bytes(&std::fs::read(btf_file)?)?;
-    let at = |structure, field| offset(&btf, structure, field);
+/// If it cannot be read or understood.
+pub fn kernel_types(btf_file: &Path) -> Result<Btf, LayoutError> {
+    Ok(Btf::from_bytes(&std::fs::read(btf_file)?)?)
+}
+
+/// Finds every offset that the scheduling programs need.
+///
+/// # Errors
+/// If a structure lacks a field; the message names it.
+pub fn sched(btf: &Btf) -> Result<Layout, LayoutError> {
+    let at = |structure, field| offset(btf, structure, field);
     let nr_running = at("rq", "nr_running")?;
     let delayed = at("rq", "cfs")
         .and_then(|cfs| Ok((cfs + at("cfs_rq", "h_nr_queued")?, cfs + at("cfs_rq", "h_nr_runnable")?)));

@@ -7,40 +7,41 @@
 pub mod layout;
 mod mapped;
 pub mod probes;
+mod sched;
 mod times;
 
-use std::{collections::VecDeque, fs::File, io, io::Read as _, path::Path, sync::atomic::Ordering};
+use std::{io, path::Path};
 
-pub use self::times::{Doing, ThreadTimes};
+pub use self::{
+    sched::{Keep, NotFollowed, Slot},
+    times::{Doing, ThreadTimes},
+};
 use aya::{
     Btf, Ebpf as Object, EbpfLoader, Pod,
     maps::{Map, MapData},
-    programs::{BtfTracePoint, Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
+    programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint},
 };
-use monitor_ebpf::{
-    Armed, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Clock, FILTER_BITS, Filter, HISTOGRAMS, Layout,
-    NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, TABLE_ENTRIES, TABLE_PROBES,
-    THREADS, Table, Thread, table_entry, table_slot, table_start,
-};
+use monitor_ebpf::Layout;
 pub use monitor_ebpf::{
     BUCKETS, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, bucket_range,
 };
 
 use self::{
-    mapped::{Mapped, change_bit},
+    layout::LayoutError,
+    mapped::Mapped,
     probes::{Attach, Need, PROBES, Probe, ProbeGroup, ProbeState},
+    sched::Sched,
 };
-use crate::one_line;
-use crate::units::{MonotonicNs, Tid, Window, duration_ns};
+use crate::{
+    one_line,
+    units::{MonotonicNs, Tid, Window, duration_ns},
+};
 
 /// The programs, as `cargo xtask build-ebpf` made them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("KVM_MONITOR_BPF_OBJECT"));
 
 /// Kernel type information of the running kernel.
 pub const BTF_FILE: &str = "/sys/kernel/btf/vmlinux";
-
-/// Time after which a CPU stops writing its history, until a followed thread waits there again.
-const DISARM_INTERVAL_NS: u64 = 10_000_000_000;
 
 /// Why the kernel programs cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +75,9 @@ pub enum EbpfError {
     /// Reading the threads failed.
     #[error("cannot run the program read_threads: {0}")]
     Read(String),
+    /// No group of probes was asked for.
+    #[error("no group of probes was asked for")]
+    NoGroup,
 }
 
 /// Runs of a program while the kernel counted them (`kernel.bpf_stats_enabled`).
@@ -85,65 +89,11 @@ pub struct ProgramRuns {
     pub ns: u64,
 }
 
-/// A thread that is followed.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Slot {
-    thread: u32,
-    histograms: Option<u32>,
-}
-
-/// What is kept of a thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keep {
-    /// Times and counts.
-    Times,
-    /// Also the distributions of its runs and waits.
-    TimesAndHistograms,
-}
-
-/// Places of an array map that are handed out; the one given back longest ago is used again first.
-#[derive(Debug, Default)]
-struct Places {
-    free: VecDeque<u32>,
-    used: u32,
-}
-
-impl Places {
-    fn take(&mut self, limit: u32) -> Option<u32> {
-        if self.used < limit {
-            self.used += 1;
-            return Some(self.used - 1);
-        }
-        self.free.pop_front()
-    }
-
-    fn give_back(&mut self, place: u32) {
-        self.free.push_back(place);
-    }
-}
-
-/// No more threads can be followed.
-#[derive(Debug, thiserror::Error)]
-#[error("no room in the kernel tables to follow another thread ({0} are followed)")]
-pub struct Full(pub usize);
-
 /// The loaded programs. Everything is detached when this is dropped, or the process ends in any way.
 pub struct Ebpf {
     object: Object,
     states: Vec<(Probe, ProbeState)>,
-    filter: Mapped<Filter>,
-    table: Mapped<Table>,
-    threads: Mapped<Thread>,
-    readings: Mapped<Reading>,
-    clock: Mapped<Clock>,
-    histograms: Mapped<Histograms>,
-    charges: Mapped<ChargeTables>,
-    armed: Mapped<Armed>,
-    disarmed: MonotonicNs,
-    places: Places,
-    histogram_places: Places,
-    followed: usize,
-    unseeded: bool,
+    sched: Option<Sched>,
 }
 
 #[repr(transparent)]
@@ -153,47 +103,38 @@ struct Wire<T>(T);
 unsafe impl Pod for Wire<Layout> {}
 
 impl Ebpf {
-    /// Loads and attaches every program.
+    /// Loads and attaches the programs of the groups.
+    ///
+    /// A group of which a required program is refused is detached as a whole; [`Ebpf::states`] says so.
     ///
     /// # Errors
-    /// If a required program or a map is refused; an optional one only shows in [`Ebpf::states`].
-    pub fn open() -> Result<Self, EbpfError> {
-        let layout = Wire(layout::resolve(Path::new(BTF_FILE))?);
+    /// If the object or its maps are refused, or no group works.
+    pub fn open(groups: &[ProbeGroup]) -> Result<Self, EbpfError> {
+        let kernel = layout::kernel_types(Path::new(BTF_FILE))?;
+        let sched = layout::sched(&kernel);
+        drop(kernel);
         let btf = Btf::from_sys_fs().map_err(EbpfError::Btf)?;
-        let mut object = EbpfLoader::new()
-            .btf(Some(&btf))
-            .override_global("LAYOUT", &layout, true)
-            .load(OBJECT)
-            .map_err(|e| EbpfError::Load(one_line(&e)))?;
-        let mut states = Vec::new();
-        for probe in PROBES {
-            let state = match attach(&mut object, probe, &btf) {
-                Ok(()) => ProbeState::Attached,
-                Err(reason) if probe.need == Need::Required => {
-                    return Err(EbpfError::Program { program: probe.program, reason });
-                }
-                Err(reason) => ProbeState::Failed(reason),
-            };
-            states.push((*probe, state));
+        let mut loader = EbpfLoader::new();
+        let sched_layout = sched.as_ref().ok().copied().map(Wire);
+        if let Some(layout) = &sched_layout {
+            loader.override_global("LAYOUT", layout, true);
         }
-        let mut this = Self {
-            filter: map(&object, "FILTER", 1)?,
-            table: map(&object, "TABLE", 1)?,
-            threads: map(&object, "THREADS", THREADS as usize)?,
-            readings: map(&object, "READINGS", THREADS as usize)?,
-            clock: map(&object, "CLOCK", 1)?,
-            histograms: map(&object, "HISTOGRAMS", HISTOGRAMS as usize)?,
-            charges: map(&object, "CHARGES", HISTOGRAMS as usize)?,
-            armed: map(&object, "ARMED", 1)?,
-            disarmed: MonotonicNs::now(),
-            object,
-            states,
-            places: Places::default(),
-            histogram_places: Places::default(),
-            followed: 0,
-            unseeded: false,
-        };
-        this.compare_clocks();
+        let mut object = loader.btf(Some(&btf)).load(OBJECT).map_err(|e| EbpfError::Load(one_line(&e)))?;
+        let mut this = Attaching { object: &mut object, btf: &btf, groups, states: Vec::new() };
+        let with_sched = this.attach(ProbeGroup::Sched, sched.map(drop))?;
+        let states = this.states;
+        if !states.iter().any(|(_, state)| *state == ProbeState::Attached) {
+            let refused = states.into_iter().find_map(|(probe, state)| match state {
+                ProbeState::Failed(reason) => Some(EbpfError::Program { program: probe.program, reason }),
+                _ => None,
+            });
+            return Err(refused.unwrap_or(EbpfError::NoGroup));
+        }
+        let sched = if with_sched { Some(Sched::new(&object)?) } else { None };
+        let mut this = Self { object, states, sched };
+        if let Some(sched) = &mut this.sched {
+            sched.compare_clocks();
+        }
         drop(btf);
         give_memory_back();
         Ok(this)
@@ -215,84 +156,17 @@ impl Ebpf {
     /// Begins to follow a thread. Call [`Ebpf::seed`] after the last of a batch.
     ///
     /// # Errors
-    /// [`Full`] if the kernel tables have no room. Where only the histograms have none, the rest is kept.
-    pub fn follow(&mut self, tid: Tid, keep: Keep) -> Result<Slot, Full> {
-        self.follow_as(tid, None, keep)
-    }
-
-    fn follow_as(&mut self, tid: Tid, clock: Option<u32>, keep: Keep) -> Result<Slot, Full> {
-        let full = Full(self.followed);
-        let Some(entry) = self.entry_for(0, tid.0) else { return Err(full) };
-        let Some(place) = self.places.take(THREADS) else { return Err(full) };
-        let histograms = match keep {
-            Keep::Times => None,
-            Keep::TimesAndHistograms => self.histogram_places.take(HISTOGRAMS),
-        };
-        if let Some(histograms) = histograms {
-            self.histograms.set(histograms as usize, Histograms::ZERO);
-            self.charges.set(histograms as usize, ChargeTables::ZERO);
-        }
-        self.readings.set(place as usize, Reading::ZERO);
-        let thread = Thread {
-            tid: tid.0,
-            histograms: clock.or(histograms.map(|h| h + 1)).unwrap_or(0),
-            ..Thread::ZERO
-        };
-        self.threads.set(place as usize, thread);
-        self.table.word(entry).store(table_entry(tid.0, place), Ordering::Release);
-        let bit = tid.0 % FILTER_BITS;
-        change_bit(self.filter.word((bit / 64) as usize), bit % 64, true);
-        self.followed += 1;
-        self.unseeded = true;
-        Ok(Slot { thread: place, histograms })
+    /// If the scheduling probes do not run, or the kernel tables have no room. Where only the histograms have none, the
+    /// rest is kept.
+    pub fn follow(&mut self, tid: Tid, keep: Keep) -> Result<Slot, NotFollowed> {
+        self.sched.as_mut().ok_or(NotFollowed::Off)?.follow(tid, keep)
     }
 
     /// Stops following a thread.
-    #[expect(clippy::needless_pass_by_value, reason = "the slot must not be used afterwards")]
     pub fn forget(&mut self, slot: Slot) {
-        let tid = self.threads.get(slot.thread as usize).tid;
-        if let Some(entry) = self.entry_for(tid, tid) {
-            self.table.word(entry).store(0, Ordering::Release);
+        if let Some(sched) = &mut self.sched {
+            sched.forget(slot);
         }
-        self.threads.set(slot.thread as usize, Thread::ZERO);
-        let shares = |other: u32| other != 0 && other % FILTER_BITS == tid % FILTER_BITS;
-        if !(0..self.places.used).any(|place| shares(self.threads.get(place as usize).tid)) {
-            let bit = tid % FILTER_BITS;
-            change_bit(self.filter.word((bit / 64) as usize), bit % 64, false);
-        }
-        self.places.give_back(slot.thread);
-        slot.histograms.into_iter().for_each(|place| self.histogram_places.give_back(place));
-        self.followed -= 1;
-    }
-
-    /// The distributions of a thread's waits and runs since it is followed, if they are kept. Counts are modulo 2³².
-    #[must_use]
-    pub fn histograms(&self, slot: &Slot) -> Option<Histograms> {
-        slot.histograms.map(|place| self.histograms.get(place as usize))
-    }
-
-    /// Takes what was charged for the thread's waits since the last call: the programs go on in another table.
-    #[must_use]
-    pub fn take_charges(&self, slot: &Slot) -> Option<Charges> {
-        const WORDS: usize = size_of::<Charges>() / 8;
-        let place = slot.histograms? as usize;
-        let chosen = self.charges.word_of(place, 0);
-        let (in_use, other) = if chosen.load(Ordering::Relaxed) & 1 == 0 { (0, 1) } else { (1, 0) };
-        // The tables stand after the first word of `ChargeTables`.
-        for word in 0..WORDS {
-            self.charges.word_of(place, 1 + other * WORDS + word).store(0, Ordering::Relaxed);
-        }
-        chosen.store(other as u64, Ordering::Release);
-        Some(self.charges.get(place).tables[in_use])
-    }
-
-    /// The table entry near `near`'s place that holds `tid`, or a free one for `tid` 0.
-    fn entry_for(&self, tid: u32, near: u32) -> Option<usize> {
-        let start = table_start(near);
-        (0..TABLE_PROBES).map(|i| (start + i) as usize % TABLE_ENTRIES).find(|&entry| {
-            let word = self.table.word(entry).load(Ordering::Acquire);
-            if tid == 0 { word == 0 } else { table_slot(word, tid).is_some() }
-        })
     }
 
     /// Lets the kernel look up the threads that are followed since the last call, so that one that never
@@ -301,39 +175,17 @@ impl Ebpf {
     /// # Errors
     /// If the iterator cannot be run.
     pub fn seed(&mut self) -> Result<(), EbpfError> {
-        if !std::mem::take(&mut self.unseeded) {
-            return Ok(());
-        }
-        let program = "seed_threads";
-        let failed = |e: &dyn std::error::Error| EbpfError::Program { program, reason: one_line(e) };
-        let Some(iterator) = self.object.program_mut(program) else { return Ok(()) };
-        let iterator: &mut Iter = iterator.try_into().map_err(|e: ProgramError| failed(&e))?;
-        let id = iterator.attach().map_err(|e| failed(&e))?;
-        let link = iterator.take_link(id).map_err(|e| failed(&e))?;
-        let mut file: File = link.into_file().map_err(|e| failed(&e))?;
-        let mut nothing = [0; 64];
-        while file.read(&mut nothing).map_err(|e| failed(&e))? > 0 {}
-        Ok(())
+        self.sched.as_mut().map_or(Ok(()), |sched| sched.seed(&mut self.object))
     }
 
-    /// Reads every followed thread; [`Ebpf::times`] then has the figures.
+    /// Reads everything; the other methods then have the figures.
     ///
     /// # Errors
-    /// If the kernel refuses to run the reading program.
+    /// If the kernel refuses to run a reading program.
     pub fn read(&mut self) -> Result<Window, EbpfError> {
         let begin = MonotonicNs::now();
-        let failed = |e: ProgramError| EbpfError::Read(program_error(&e));
-        let program = self.object.program("read_threads");
-        let program = program.ok_or_else(|| EbpfError::Read("not in the object".to_owned()))?;
-        let program: &RawTracePoint = program.try_into().map_err(failed)?;
-        for first in (0..self.places.used).step_by(READ_BATCH as usize) {
-            let mut options = RawTracePointRunOptions::new();
-            options.args[0] = u64::from(first);
-            program.test_run(options).map_err(failed)?;
-        }
-        if begin.since(self.disarmed) > DISARM_INTERVAL_NS {
-            self.disarmed = begin;
-            (0..CPUS as usize / 8).for_each(|word| self.armed.word(word).store(0, Ordering::Relaxed));
+        if let Some(sched) = &mut self.sched {
+            sched.read(&self.object)?;
         }
         Ok(Window { begin, end: MonotonicNs::now() })
     }
@@ -341,48 +193,67 @@ impl Ebpf {
     /// Figures of a thread at the last [`Ebpf::read`]; `None` if it was never seen or could not be read.
     #[must_use]
     pub fn times(&self, slot: &Slot) -> Option<ThreadTimes> {
-        let reading = self.readings.get(slot.thread as usize);
-        matches!(reading.status, READ_LIVE | READ_LAST).then_some(ThreadTimes {
-            run_ns: reading.run_ns,
-            wait_ns: reading.wait_ns,
-            on_cpu_ns: reading.on_cpu_ns,
-            sched_ns: reading.sched_ns,
-            open_run_ns: reading.open_run_ns,
-            open_wait_ns: reading.open_wait_ns,
-            preemptions: reading.preemptions,
-            yields: reading.yields,
-            wakeups: reading.wakeups,
-            migrations: reading.migrations,
-            doing: match reading.doing {
-                NOW_RUNNING => Doing::Running,
-                NOW_WAITING => Doing::Waiting,
-                _ => Doing::Sleeping,
-            },
-            last: reading.status == READ_LAST,
-        })
+        self.sched.as_ref()?.times(slot)
     }
 
     /// When the followed thread started, nanoseconds after boot; `None` until it was seen.
     #[must_use]
     pub fn started_ns(&self, slot: &Slot) -> Option<u64> {
-        let started = self.readings.get(slot.thread as usize).start_boottime_ns;
-        (started != 0).then_some(started)
+        self.sched.as_ref()?.started_ns(slot)
     }
 
-    /// Follows this thread itself and makes it sleep, which lets the kernel side compare the scheduler's clock with
-    /// `CLOCK_MONOTONIC`. Later ticks repeat it by themselves, since this thread sleeps between them.
-    fn compare_clocks(&mut self) {
-        self.clock.set(0, Clock::ZERO);
-        let me = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap_or(0);
-        if self.follow_as(Tid(me), Some(CLOCK_THREAD), Keep::Times).is_err() {
-            return; // Impossible in empty tables; without the clock nothing in progress is added.
+    /// The distributions of a thread's waits and runs since it is followed, if they are kept. Counts are modulo 2³².
+    #[must_use]
+    pub fn histograms(&self, slot: &Slot) -> Option<Histograms> {
+        self.sched.as_ref()?.histograms(slot)
+    }
+
+    /// Takes what was charged for the thread's waits since the last call: the programs go on in another table.
+    #[must_use]
+    pub fn take_charges(&self, slot: &Slot) -> Option<Charges> {
+        self.sched.as_ref()?.take_charges(slot)
+    }
+}
+
+/// The object while its programs are attached, group by group.
+struct Attaching<'a> {
+    object: &'a mut Object,
+    btf: &'a Btf,
+    groups: &'a [ProbeGroup],
+    states: Vec<(Probe, ProbeState)>,
+}
+
+impl Attaching<'_> {
+    /// Attaches the programs of a group, unless it is not asked for or its `layout` was not found. True if the group
+    /// works.
+    fn attach(&mut self, group: ProbeGroup, layout: Result<(), LayoutError>) -> Result<bool, EbpfError> {
+        let probes = || PROBES.iter().filter(|probe| probe.group == group);
+        let all = |state: &ProbeState| probes().map(|probe| (*probe, state.clone())).collect::<Vec<_>>();
+        if !self.groups.contains(&group) {
+            self.states.extend(all(&ProbeState::Off));
+            return Ok(false);
         }
-        for _ in 0..50 {
-            if self.clock.get(0).count as usize >= COMPARISONS {
-                return;
+        if let Err(error) = layout {
+            self.states.extend(all(&ProbeState::Failed(one_line(&error))));
+            return Ok(false);
+        }
+        let mut states = Vec::new();
+        for probe in probes() {
+            match attach(self.object, probe, self.btf) {
+                Ok(()) => states.push((*probe, ProbeState::Attached)),
+                Err(reason) if probe.need == Need::Required => {
+                    for (attached, _) in &states {
+                        detach(self.object, attached)?;
+                    }
+                    let reason = format!("{}: {reason}", probe.program);
+                    self.states.extend(all(&ProbeState::Failed(reason)));
+                    return Ok(false);
+                }
+                Err(reason) => states.push((*probe, ProbeState::Failed(reason))),
             }
-            std::thread::sleep(std::time::Duration::from_micros(100));
         }
+        self.states.extend(states);
+        Ok(true)
     }
 }
 
@@ -440,6 +311,17 @@ fn attach(object: &mut Object, probe: &Probe, btf: &Btf) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Unloads a program, which detaches it.
+fn detach(object: &mut Object, probe: &Probe) -> Result<(), EbpfError> {
+    let failed = |e: ProgramError| EbpfError::Program { program: probe.program, reason: program_error(&e) };
+    match object.program_mut(probe.program) {
+        Some(Program::BtfTracePoint(program)) => program.unload().map_err(failed),
+        Some(Program::RawTracePoint(program)) => program.unload().map_err(failed),
+        Some(Program::Iter(program)) => program.unload().map_err(failed),
+        _ => Ok(()),
+    }
 }
 
 fn map<T: Copy>(object: &Object, name: &'static str, len: usize) -> Result<Mapped<T>, EbpfError> {

@@ -6,10 +6,15 @@
 use crate::record::ProbeInfo;
 
 /// Group of probes that `--probes` switches on or off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum ProbeGroup {
-    /// vCPU scheduling.
+    /// Scheduling of the threads of VMs.
     Sched,
+}
+
+impl ProbeGroup {
+    /// Every group.
+    pub const ALL: &[Self] = &[Self::Sched];
 }
 
 /// What a program hangs on.
@@ -84,6 +89,8 @@ pub const PROBES: &[Probe] = &[
 pub enum ProbeState {
     /// Loaded, and attached where it hangs on something.
     Attached,
+    /// Its group was not asked for.
+    Off,
     /// Refused; the reason.
     Failed(String),
 }
@@ -94,6 +101,7 @@ impl ProbeState {
     pub fn info(&self, probe: &Probe) -> ProbeInfo {
         let (state, reason) = match (self, probe.need) {
             (Self::Attached, _) => ("attached", None),
+            (Self::Off, _) => ("off", Some("left out by --probes".to_owned())),
             (Self::Failed(why), Need::Optional(lost)) => {
                 ("failed", Some(format!("{why}; without it, {lost}")))
             }

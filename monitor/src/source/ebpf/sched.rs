@@ -1,0 +1,282 @@
+//! Threads that are followed: which, and what the programs of `monitor-ebpf/src/sched.rs` counted for them.
+
+use std::{collections::VecDeque, fs::File, io::Read as _, sync::atomic::Ordering};
+
+use aya::{
+    Ebpf as Object,
+    programs::{Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
+};
+use monitor_ebpf::{
+    Armed, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, FILTER_BITS, Filter, HISTOGRAMS,
+    Histograms, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, TABLE_ENTRIES,
+    TABLE_PROBES, THREADS, Table, Thread, table_entry, table_slot, table_start,
+};
+
+use super::{
+    EbpfError, map,
+    mapped::{Mapped, change_bit},
+    program_error,
+    times::{Doing, ThreadTimes},
+};
+use crate::{
+    one_line,
+    units::{MonotonicNs, Tid},
+};
+
+/// Time after which a CPU stops writing its history, until a followed thread waits there again.
+const DISARM_INTERVAL_NS: u64 = 10_000_000_000;
+
+/// A thread that is followed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Slot {
+    thread: u32,
+    histograms: Option<u32>,
+}
+
+/// What is kept of a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Times and counts.
+    Times,
+    /// Also the distributions of its runs and waits.
+    TimesAndHistograms,
+}
+
+/// Places of an array map that are handed out; the one given back longest ago is used again first.
+#[derive(Debug, Default)]
+struct Places {
+    free: VecDeque<u32>,
+    used: u32,
+}
+
+impl Places {
+    fn take(&mut self, limit: u32) -> Option<u32> {
+        if self.used < limit {
+            self.used += 1;
+            return Some(self.used - 1);
+        }
+        self.free.pop_front()
+    }
+
+    fn give_back(&mut self, place: u32) {
+        self.free.push_back(place);
+    }
+}
+
+/// A thread cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum NotFollowed {
+    /// The probes that follow threads do not run.
+    #[error("the scheduling probes do not run")]
+    Off,
+    /// The kernel tables are full.
+    #[error("no room in the kernel tables to follow another thread ({0} are followed)")]
+    Full(usize),
+}
+
+/// The maps of the scheduling programs, and what is handed out of them.
+pub(super) struct Sched {
+    filter: Mapped<Filter>,
+    table: Mapped<Table>,
+    threads: Mapped<Thread>,
+    readings: Mapped<Reading>,
+    clock: Mapped<Clock>,
+    histograms: Mapped<Histograms>,
+    charges: Mapped<ChargeTables>,
+    armed: Mapped<Armed>,
+    disarmed: MonotonicNs,
+    places: Places,
+    histogram_places: Places,
+    followed: usize,
+    unseeded: bool,
+}
+
+impl Sched {
+    /// Maps the maps; nothing is followed.
+    pub(super) fn new(object: &Object) -> Result<Self, EbpfError> {
+        Ok(Self {
+            filter: map(object, "FILTER", 1)?,
+            table: map(object, "TABLE", 1)?,
+            threads: map(object, "THREADS", THREADS as usize)?,
+            readings: map(object, "READINGS", THREADS as usize)?,
+            clock: map(object, "CLOCK", 1)?,
+            histograms: map(object, "HISTOGRAMS", HISTOGRAMS as usize)?,
+            charges: map(object, "CHARGES", HISTOGRAMS as usize)?,
+            armed: map(object, "ARMED", 1)?,
+            disarmed: MonotonicNs::now(),
+            places: Places::default(),
+            histogram_places: Places::default(),
+            followed: 0,
+            unseeded: false,
+        })
+    }
+
+    /// Begins to follow a thread. Call [`Sched::seed`] after the last of a batch.
+    ///
+    /// # Errors
+    /// [`NotFollowed::Full`] if the kernel tables have no room. Where only the histograms have none, the rest is kept.
+    pub(super) fn follow(&mut self, tid: Tid, keep: Keep) -> Result<Slot, NotFollowed> {
+        self.follow_as(tid, None, keep)
+    }
+
+    fn follow_as(&mut self, tid: Tid, clock: Option<u32>, keep: Keep) -> Result<Slot, NotFollowed> {
+        let full = NotFollowed::Full(self.followed);
+        let Some(entry) = self.entry_for(0, tid.0) else { return Err(full) };
+        let Some(place) = self.places.take(THREADS) else { return Err(full) };
+        let histograms = match keep {
+            Keep::Times => None,
+            Keep::TimesAndHistograms => self.histogram_places.take(HISTOGRAMS),
+        };
+        if let Some(histograms) = histograms {
+            self.histograms.set(histograms as usize, Histograms::ZERO);
+            self.charges.set(histograms as usize, ChargeTables::ZERO);
+        }
+        self.readings.set(place as usize, Reading::ZERO);
+        let thread = Thread {
+            tid: tid.0,
+            histograms: clock.or(histograms.map(|h| h + 1)).unwrap_or(0),
+            ..Thread::ZERO
+        };
+        self.threads.set(place as usize, thread);
+        self.table.word(entry).store(table_entry(tid.0, place), Ordering::Release);
+        let bit = tid.0 % FILTER_BITS;
+        change_bit(self.filter.word((bit / 64) as usize), bit % 64, true);
+        self.followed += 1;
+        self.unseeded = true;
+        Ok(Slot { thread: place, histograms })
+    }
+
+    /// Stops following a thread.
+    #[expect(clippy::needless_pass_by_value, reason = "the slot must not be used afterwards")]
+    pub(super) fn forget(&mut self, slot: Slot) {
+        let tid = self.threads.get(slot.thread as usize).tid;
+        if let Some(entry) = self.entry_for(tid, tid) {
+            self.table.word(entry).store(0, Ordering::Release);
+        }
+        self.threads.set(slot.thread as usize, Thread::ZERO);
+        let shares = |other: u32| other != 0 && other % FILTER_BITS == tid % FILTER_BITS;
+        if !(0..self.places.used).any(|place| shares(self.threads.get(place as usize).tid)) {
+            let bit = tid % FILTER_BITS;
+            change_bit(self.filter.word((bit / 64) as usize), bit % 64, false);
+        }
+        self.places.give_back(slot.thread);
+        slot.histograms.into_iter().for_each(|place| self.histogram_places.give_back(place));
+        self.followed -= 1;
+    }
+
+    /// The distributions of a thread's waits and runs since it is followed, if they are kept. Counts are modulo 2³².
+    pub(super) fn histograms(&self, slot: &Slot) -> Option<Histograms> {
+        slot.histograms.map(|place| self.histograms.get(place as usize))
+    }
+
+    /// Takes what was charged for the thread's waits since the last call: the programs go on in another table.
+    pub(super) fn take_charges(&self, slot: &Slot) -> Option<Charges> {
+        const WORDS: usize = size_of::<Charges>() / 8;
+        let place = slot.histograms? as usize;
+        let chosen = self.charges.word_of(place, 0);
+        let (in_use, other) = if chosen.load(Ordering::Relaxed) & 1 == 0 { (0, 1) } else { (1, 0) };
+        // The tables stand after the first word of `ChargeTables`.
+        for word in 0..WORDS {
+            self.charges.word_of(place, 1 + other * WORDS + word).store(0, Ordering::Relaxed);
+        }
+        chosen.store(other as u64, Ordering::Release);
+        Some(self.charges.get(place).tables[in_use])
+    }
+
+    /// The table entry near `near`'s place that holds `tid`, or a free one for `tid` 0.
+    fn entry_for(&self, tid: u32, near: u32) -> Option<usize> {
+        let start = table_start(near);
+        (0..TABLE_PROBES).map(|i| (start + i) as usize % TABLE_ENTRIES).find(|&entry| {
+            let word = self.table.word(entry).load(Ordering::Acquire);
+            if tid == 0 { word == 0 } else { table_slot(word, tid).is_some() }
+        })
+    }
+
+    /// Lets the kernel look up the threads that are followed since the last call, so that one that never
+    /// leaves its CPU is known as well. Walks over all tasks of the host.
+    ///
+    /// # Errors
+    /// If the iterator cannot be run.
+    pub(super) fn seed(&mut self, object: &mut Object) -> Result<(), EbpfError> {
+        if !std::mem::take(&mut self.unseeded) {
+            return Ok(());
+        }
+        let program = "seed_threads";
+        let failed = |e: &dyn std::error::Error| EbpfError::Program { program, reason: one_line(e) };
+        let Some(iterator) = object.program_mut(program) else { return Ok(()) };
+        let iterator: &mut Iter = iterator.try_into().map_err(|e: ProgramError| failed(&e))?;
+        let id = iterator.attach().map_err(|e| failed(&e))?;
+        let link = iterator.take_link(id).map_err(|e| failed(&e))?;
+        let mut file: File = link.into_file().map_err(|e| failed(&e))?;
+        let mut nothing = [0; 64];
+        while file.read(&mut nothing).map_err(|e| failed(&e))? > 0 {}
+        Ok(())
+    }
+
+    /// Reads every followed thread; [`Sched::times`] then has the figures.
+    ///
+    /// # Errors
+    /// If the kernel refuses to run the reading program.
+    pub(super) fn read(&mut self, object: &Object) -> Result<(), EbpfError> {
+        let failed = |e: ProgramError| EbpfError::Read(program_error(&e));
+        let program = object.program("read_threads");
+        let program = program.ok_or_else(|| EbpfError::Read("not in the object".to_owned()))?;
+        let program: &RawTracePoint = program.try_into().map_err(failed)?;
+        for first in (0..self.places.used).step_by(READ_BATCH as usize) {
+            let mut options = RawTracePointRunOptions::new();
+            options.args[0] = u64::from(first);
+            program.test_run(options).map_err(failed)?;
+        }
+        let now = MonotonicNs::now();
+        if now.since(self.disarmed) > DISARM_INTERVAL_NS {
+            self.disarmed = now;
+            (0..CPUS as usize / 8).for_each(|word| self.armed.word(word).store(0, Ordering::Relaxed));
+        }
+        Ok(())
+    }
+
+    /// Figures of a thread at the last [`Sched::read`]; `None` if it was never seen or could not be read.
+    pub(super) fn times(&self, slot: &Slot) -> Option<ThreadTimes> {
+        let reading = self.readings.get(slot.thread as usize);
+        matches!(reading.status, READ_LIVE | READ_LAST).then_some(ThreadTimes {
+            run_ns: reading.run_ns,
+            wait_ns: reading.wait_ns,
+            on_cpu_ns: reading.on_cpu_ns,
+            sched_ns: reading.sched_ns,
+            open_run_ns: reading.open_run_ns,
+            open_wait_ns: reading.open_wait_ns,
+            preemptions: reading.preemptions,
+            yields: reading.yields,
+            wakeups: reading.wakeups,
+            migrations: reading.migrations,
+            doing: match reading.doing {
+                NOW_RUNNING => Doing::Running,
+                NOW_WAITING => Doing::Waiting,
+                _ => Doing::Sleeping,
+            },
+            last: reading.status == READ_LAST,
+        })
+    }
+
+    /// When the followed thread started, nanoseconds after boot; `None` until it was seen.
+    pub(super) fn started_ns(&self, slot: &Slot) -> Option<u64> {
+        let started = self.readings.get(slot.thread as usize).start_boottime_ns;
+        (started != 0).then_some(started)
+    }
+
+    /// Follows this thread itself and makes it sleep, which lets the kernel side compare the scheduler's clock with
+    /// `CLOCK_MONOTONIC`. Later ticks repeat it by themselves, since this thread sleeps between them.
+    pub(super) fn compare_clocks(&mut self) {
+        self.clock.set(0, Clock::ZERO);
+        let me = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap_or(0);
+        if self.follow_as(Tid(me), Some(CLOCK_THREAD), Keep::Times).is_err() {
+            return; // Impossible in empty tables; without the clock nothing in progress is added.
+        }
+        for _ in 0..50 {
+            if self.clock.get(0).count as usize >= COMPARISONS {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_micros(100));
+        }
+    }
+}
