@@ -28,8 +28,13 @@ const SECOND: u64 = 1_000_000_000;
 const MIB: u64 = 1 << 20;
 /// Wall clock of the first tick.
 const START_S: i64 = 1_800_000_000;
-const EVERY_CLASS: [ReadClass; 4] =
-    [ReadClass::Ebpf, ReadClass::Procfs, ReadClass::LibvirtFast, ReadClass::LibvirtSlow];
+const EVERY_CLASS: [ReadClass; 5] = [
+    ReadClass::Ebpf,
+    ReadClass::Procfs,
+    ReadClass::ProcfsSlow,
+    ReadClass::LibvirtFast,
+    ReadClass::LibvirtSlow,
+];
 
 // What is measured.
 
@@ -188,7 +193,7 @@ impl Replay {
             match class {
                 ReadClass::Ebpf => sample.vcpu_details[0] = detail(ticks),
                 ReadClass::LibvirtSlow => sample.balloon_updated_s = u64::try_from(START_S - 3).ok(),
-                ReadClass::Procfs | ReadClass::LibvirtFast => {}
+                ReadClass::Procfs | ReadClass::ProcfsSlow | ReadClass::LibvirtFast => {}
             }
         });
     }
@@ -500,7 +505,7 @@ fn samples_of_all_sources() {
     let mut replay = Replay::new(full());
     let mut lines = Vec::new();
     let every = EVERY_CLASS.as_slice();
-    for classes in [every, every, &every[..2], &every[..3]] {
+    for classes in [every, every, &every[..3], &every[..4]] {
         classes.iter().for_each(|class| replay.read_all(*class));
         lines.push(replay.tick());
     }
@@ -561,6 +566,7 @@ fn samples_of_kernel_programs_and_procfs() {
     for _ in 0..2 {
         replay.read_all(ReadClass::Ebpf);
         replay.read_all(ReadClass::Procfs);
+        replay.read_all(ReadClass::ProcfsSlow);
         replay.tick();
     }
     assert!(!replay.lines.contains("libvirt") && !replay.lines.contains("used_bytes"));

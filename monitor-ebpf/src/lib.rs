@@ -8,6 +8,9 @@
 //! refuses, hence the `ZERO` constants.
 #![no_std]
 
+mod shared;
+pub use shared::*;
+
 /// Bits in the first-stage filter: bit `tid % FILTER_BITS` is set for every followed thread.
 pub const FILTER_BITS: u32 = 65_536;
 /// 64-bit words of the filter (8 KiB, small enough to stay in the first-level cache).
@@ -460,6 +463,16 @@ pub struct Layout {
     pub task_flags: u32,
     /// `task_struct.comm`.
     pub task_comm: u32,
+    /// `task_struct.signal`.
+    pub task_signal: u32,
+    /// `task_struct.exit_state`.
+    pub task_exit_state: u32,
+    /// `task_struct.thread_node`.
+    pub task_thread_node: u32,
+    /// `signal_struct.thread_head`.
+    pub signal_thread_head: u32,
+    /// `signal_struct.sum_sched_runtime`.
+    pub signal_sum_sched_runtime: u32,
     /// `cfs_rq.rq`.
     pub cfs_rq_rq: u32,
     /// `rq.nr_running`.
@@ -489,6 +502,11 @@ impl Layout {
         task_tgid: 0,
         task_flags: 0,
         task_comm: 0,
+        task_signal: 0,
+        task_exit_state: 0,
+        task_thread_node: 0,
+        signal_thread_head: 0,
+        signal_sum_sched_runtime: 0,
         cfs_rq_rq: 0,
         rq_nr_running: 0,
         rq_queued: 0,
@@ -503,7 +521,7 @@ const _: () = assert!(size_of::<Reading>() == 96);
 const _: () = assert!(size_of::<Clock>() == 40);
 const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1064);
 const _: () = assert!(size_of::<History>() == 8 + 40 * STINTS);
-const _: () = assert!(size_of::<Layout>() == 72);
+const _: () = assert!(size_of::<Layout>() == 92);
 const _: () = assert!(THREADS as usize * 4 == TABLE_ENTRIES && THREADS.is_multiple_of(READ_BATCH));
 
 #[cfg(test)]

@@ -1,11 +1,20 @@
 //! The kernel programs. Built for `bpfel-unknown-none` only; on any other target this is an empty program,
 //! so that the whole workspace lints and tests with one command.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(core_intrinsics))]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(
+        internal_features,
+        reason = "the target has no compare-and-swap, hence no `AtomicU64::fetch_add`"
+    )
+)]
 
 #[cfg(target_arch = "bpf")]
 mod culprit;
 #[cfg(target_arch = "bpf")]
 mod kernel;
+#[cfg(target_arch = "bpf")]
+mod process;
 #[cfg(target_arch = "bpf")]
 mod sched;
 

@@ -23,6 +23,7 @@ use monitor_ebpf::{
 use crate::{
     culprit::{arm, charge, remember},
     kernel::{Address, LAYOUT, load, offset, probe, run_queue},
+    process::{note_process, thread_ended},
 };
 
 #[map(name = "FILTER")]
@@ -43,7 +44,7 @@ static CLOCK: Array<Clock> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 ///
 /// For a followed `prev`: copies the kernel's run and wait time into its slot, adds the time on the CPU, counts, and
 /// adds the run and the wait before it to the histograms. For a followed `next`: charges its wait to who
-/// had the CPU, and notes that it is on one. All times are nanoseconds. Everybody else pays one bit test each, and one
+/// had the CPU, and notes that it is on one. For a `prev` that ends, see `thread_ended`. All times are nanoseconds. Everybody else pays one bit test each, and one
 /// byte test for the history of the CPU.
 #[btf_tracepoint(function = "sched_switch")]
 pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
@@ -76,11 +77,17 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         }
         enter(thread, next, now);
     }
+    if ctx.arg::<u32>(3) & TASK_DEAD != 0 {
+        thread_ended(prev as u64);
+    }
     // Last, so that the history holds only what is over when a wait is charged.
     // SAFETY: `prev` is an argument of a BTF tracepoint.
     unsafe { remember(prev) };
     0
 }
+
+/// `TASK_DEAD` of `include/linux/sched.h` (Linux 4.14): the thread never runs again.
+const TASK_DEAD: u32 = 0x80;
 
 /// The clock of this CPU's run queue, nanoseconds: read at the start of this switch.
 #[inline(always)]
@@ -172,13 +179,13 @@ fn end(thread: &mut Thread, sequence: u32) {
 }
 
 #[inline(always)]
-fn set<T>(place: &mut T, value: T) {
+pub(crate) fn set<T>(place: &mut T, value: T) {
     // SAFETY: a reference is writable and aligned.
     unsafe { core::ptr::write_volatile(place, value) }
 }
 
 #[inline(always)]
-fn get<T>(place: &T) -> T {
+pub(crate) fn get<T>(place: &T) -> T {
     // SAFETY: a reference is readable and aligned; the fields are plain numbers.
     unsafe { core::ptr::read_volatile(place) }
 }
@@ -259,6 +266,7 @@ extern "C" fn seed_threads(ctx: *mut core::ffi::c_void) -> i32 {
     if let Some(thread) = followed(tid) {
         note_identity(thread, task);
     }
+    note_process(tid, task);
     0
 }
 
@@ -271,7 +279,7 @@ pub(crate) fn read_threads(ctx: RawTracePointContext) -> i32 {
     let Ok(first) = u32::try_from(first) else { return 0 };
     // SAFETY: plain helper call.
     let mono = unsafe { bpf_ktime_get_ns() };
-    let sched = CLOCK.get(0).and_then(Clock::best).map(|ahead| mono.wrapping_add_signed(ahead));
+    let sched = scheduler_clock(mono);
     for i in 0..READ_BATCH {
         let (Some(thread), Some(reading)) =
             (THREAD_SLOTS.get_ptr(first + i), READINGS.get_ptr_mut(first + i))
@@ -282,6 +290,12 @@ pub(crate) fn read_threads(ctx: RawTracePointContext) -> i32 {
         unsafe { read_thread(&*thread, &mut *reading, Now { mono, sched }) };
     }
     0
+}
+
+/// The scheduler's clock at a moment of `CLOCK_MONOTONIC`, nanoseconds; `None` before the two were compared.
+#[inline(always)]
+pub(crate) fn scheduler_clock(mono: u64) -> Option<u64> {
+    CLOCK.get(0).and_then(Clock::best).map(|ahead| mono.wrapping_add_signed(ahead))
 }
 
 #[derive(Clone, Copy)]
@@ -379,7 +393,7 @@ fn on_cpu(thread: &Thread) -> Option<bool> {
 /// Task-clock time since `update_curr()` last added to `sum_exec_runtime`: it stamped `exec_start` with
 /// `rq->clock_task`, which lags `rq->clock` by the time that interrupts and a hypervisor below took.
 #[inline(always)]
-fn open_run(task: u64, run: u64, sched_now: u64) -> Option<u64> {
+pub(crate) fn open_run(task: u64, run: u64, sched_now: u64) -> Option<u64> {
     let exec_start: u64 = probe(task, offset(&LAYOUT.task_exec_start))?;
     let cfs_rq: u64 = probe(task, offset(&LAYOUT.task_cfs_rq))?;
     let rq: u64 = probe(cfs_rq, offset(&LAYOUT.cfs_rq_rq))?;

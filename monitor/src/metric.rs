@@ -72,13 +72,15 @@ pub enum Kind {
     Gauge,
 }
 
-/// How often libvirt is asked while eBPF and `/proc` work (asking costs the guest: QEMU's main loop answers).
+/// How often a source is asked while eBPF works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cadence {
-    /// Each libvirt read: libvirt answers without asking QEMU.
+    /// libvirt at each read: it answers without asking QEMU. `/proc` at each tick.
     Fast,
-    /// Each slow libvirt read.
+    /// libvirt at each slow read (asking costs the guest: QEMU's main loop answers). `/proc` at each tick.
     Slow,
+    /// libvirt as above, and `/proc` no more often: reading it costs more than it tells beside eBPF.
+    Rare,
 }
 
 /// One row of the table.
@@ -96,8 +98,8 @@ pub struct MetricDef {
     pub kind: Kind,
     /// Sources that can have it, the most trusted first.
     pub sources: &'static [SourceKind],
-    /// How often libvirt is asked for it beside eBPF.
-    pub libvirt: Cadence,
+    /// How often libvirt and `/proc` are asked for it beside eBPF.
+    pub cadence: Cadence,
     /// Meaning, and where each source takes it from.
     pub help: &'static str,
 }
@@ -119,7 +121,7 @@ macro_rules! metrics {
                 unit: $unit,
                 kind: $kind,
                 sources: &$sources,
-                libvirt: Cadence::$cadence,
+                cadence: Cadence::$cadence,
                 help: $help,
             },)*
         ];
@@ -127,14 +129,22 @@ macro_rules! metrics {
 }
 
 metrics! {
-    CpuTime: Cpu, "time_ns", Nanoseconds, Counter, [Procfs, Libvirt], Slow,
-        "CPU time of the whole QEMU process. procfs: utime + stime of /proc/PID/stat (10 ms grain). libvirt: cpu.time.";
+    CpuTime: Cpu, "time_ns", Nanoseconds, Counter, [Ebpf, Procfs, Libvirt], Slow,
+        "CPU time of all threads of the QEMU process since it started, ended ones included. ebpf: to the nanosecond, runs in progress included, and of vhost threads outside the process (before Linux 6.4). procfs: utime + stime of /proc/PID/stat (10 ms grain). libvirt: cpu.time.";
     CpuUser: Cpu, "user_ns", Nanoseconds, Counter, [Procfs, Libvirt], Slow,
         "Part of time_ns spent in user mode (guest mode included by the kernel's accounting). libvirt: cpu.user.";
     CpuSystem: Cpu, "system_ns", Nanoseconds, Counter, [Procfs, Libvirt], Slow,
         "Part of time_ns spent in the kernel. libvirt: cpu.system.";
     CpuVcpuRun: Cpu, "vcpu_run_ns", Nanoseconds, Counter, [Ebpf, Procfs], Slow,
         "Sum of run_ns over the vCPU threads.";
+    CpuEmulatorRun: Cpu, "emulator_run_ns", Nanoseconds, Counter, [Ebpf, Procfs], Rare,
+        "CPU time of QEMU's main loop and of every thread that is neither vCPU, iothread, worker nor vhost. ebpf: threads that ended since the domain is followed included. procfs: schedstat, threads that ended as of the last look.";
+    CpuIothreadRun: Cpu, "iothread_run_ns", Nanoseconds, Counter, [Ebpf, Procfs], Rare,
+        "CPU time of the domain's iothreads.";
+    CpuWorkerRun: Cpu, "worker_run_ns", Nanoseconds, Counter, [Ebpf, Procfs], Rare,
+        "CPU time of threads that carry out requests for others: QEMU's thread pool and io_uring's workers.";
+    CpuVhostRun: Cpu, "vhost_run_ns", Nanoseconds, Counter, [Ebpf, Procfs], Rare,
+        "CPU time of the domain's vhost threads: threads of the QEMU process since Linux 6.4, kernel threads before.";
     CpuVcpusOnline: Cpu, "vcpus_online", Count, Gauge, [Libvirt, Procfs], Slow,
         "vCPUs online. procfs: vCPU threads. libvirt: vcpu.current.";
     VcpuRun: Vcpu, "run_ns", Nanoseconds, Counter, [Ebpf, Procfs, Libvirt], Slow,

@@ -3,9 +3,12 @@
 //! One task owns all state. libvirt answers when it does, on a thread of its own; a tick never waits for it.
 //! Knows no metric by name.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, time::Duration};
 
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::{Instant, MissedTickBehavior},
+};
 
 use crate::{
     cli::{Config, Mode},
@@ -32,6 +35,8 @@ const FIRST_ANSWER: Duration = Duration::from_secs(3);
 const LIBVIRT_DEADLINE: Duration = Duration::from_secs(5);
 /// Time between looks for processes and threads that came or went.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Least time between looks at what changed: in a storm of threads one look serves for many.
+const LOOK_PAUSE: Duration = Duration::from_millis(20);
 const HEALTH_INTERVAL: Duration = Duration::from_secs(60);
 /// How long the reader of the stream gets to take the last lines.
 const LAST_LINES: Duration = Duration::from_secs(2);
@@ -99,6 +104,10 @@ struct Runner {
     ticks: u64,
     ticks_missed: u64,
     ebpf_lost: bool,
+    /// Readable when the kernel programs saw threads or processes come or go.
+    changes: Option<AsyncFd<OwnedFd>>,
+    /// No look at changes before.
+    look_after: Instant,
 }
 
 /// What is known of the connection to libvirt.
@@ -142,8 +151,11 @@ impl Runner {
             ticks: 0,
             ticks_missed: 0,
             ebpf_lost: false,
+            changes: None,
+            look_after: Instant::now(),
             config,
         };
+        this.changes = this.tracker.ebpf().and_then(Ebpf::changes).and_then(watch);
         this.first_answer().await?;
         this.tracker.look();
         if let Some(unknown) = wanted.unknown(this.tracker.domains()).first() {
@@ -204,6 +216,7 @@ impl Runner {
                 sink_end = self.sink.ended() => return End::Sink(sink_end),
                 due = ticks.tick() => self.tick(due),
                 update = next_update(&mut self.libvirt) => self.libvirt_says(update),
+                () = changed(self.changes.as_ref(), self.look_after) => self.look_at_changes(),
                 _ = health.tick() => self.write_health(),
                 () = sleep_until(end) => return End::Stop("the time given by --duration is over"),
             }
@@ -229,6 +242,12 @@ impl Runner {
         self.write_notices();
         self.write_samples(Tick { wall: jiff::Timestamp::now(), mono: now, interval_ns });
         tracing::debug!(number = self.ticks, interval_ns, domains = self.tracker.domains().len(), "tick");
+    }
+
+    fn look_at_changes(&mut self) {
+        self.look_after = Instant::now() + LOOK_PAUSE;
+        self.tracker.look_at_changes();
+        self.write_notices();
     }
 
     /// Says once that the kernel programs cannot be read any more, and once that they can again.
@@ -455,6 +474,22 @@ async fn next_update(libvirt: &mut Option<LibvirtState>) -> Update {
 fn skipped(apart: Duration, interval: Duration) -> u64 {
     let intervals = apart.as_nanos() / interval.as_nanos().max(1);
     u64::try_from(intervals).unwrap_or(u64::MAX).saturating_sub(1)
+}
+
+/// Lets the runtime watch a descriptor; `None` if it cannot, and then a look comes once a second only.
+fn watch(fd: OwnedFd) -> Option<AsyncFd<OwnedFd>> {
+    // SAFETY: an owned descriptor stays the same open file until the `AsyncFd` that owns it is dropped.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.ok()
+}
+
+/// Until the kernel programs saw threads or processes come or go; not before `after`.
+async fn changed(changes: Option<&AsyncFd<OwnedFd>>, after: Instant) {
+    let Some(changes) = changes else { return std::future::pending().await };
+    tokio::time::sleep_until(after).await;
+    match changes.readable().await {
+        Ok(mut ready) => ready.clear_ready(),
+        Err(_) => std::future::pending().await,
+    }
 }
 
 async fn sleep_until(end: Option<Instant>) {

@@ -8,13 +8,15 @@ use crate::{
     units::{Quantity, SourceKind, Window},
 };
 
-/// What is read at one moment. libvirt counts as two, since its dear groups are asked for less often.
+/// What is read at one moment. `/proc` and libvirt count as two each, since what is dear is asked for less often.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadClass {
     /// The kernel programs.
     Ebpf,
     /// `/proc` and `/sys`.
     Procfs,
+    /// What is dear to read there.
+    ProcfsSlow,
     /// libvirt's cheap groups.
     LibvirtFast,
     /// libvirt's groups that ask QEMU.
@@ -23,16 +25,17 @@ pub enum ReadClass {
 
 impl ReadClass {
     /// How many there are.
-    pub const COUNT: usize = 4;
+    pub const COUNT: usize = 5;
 
     /// Which read brings a metric from a source.
     #[must_use]
     pub const fn of(metric: Metric, source: SourceKind) -> Self {
-        match (source, metric.def().libvirt) {
+        match (source, metric.def().cadence) {
             (SourceKind::Ebpf, _) => Self::Ebpf,
-            (SourceKind::Procfs, _) => Self::Procfs,
+            (SourceKind::Procfs, Cadence::Fast | Cadence::Slow) => Self::Procfs,
+            (SourceKind::Procfs, Cadence::Rare) => Self::ProcfsSlow,
             (SourceKind::Libvirt, Cadence::Fast) => Self::LibvirtFast,
-            (SourceKind::Libvirt, Cadence::Slow) => Self::LibvirtSlow,
+            (SourceKind::Libvirt, Cadence::Slow | Cadence::Rare) => Self::LibvirtSlow,
         }
     }
 }

@@ -143,7 +143,7 @@ fn serialize_windows<S: Serializer>(sample: &DomainSample, to: S) -> Result<S::O
 fn fresh_window(sample: &DomainSample, source: SourceKind) -> Option<crate::units::Window> {
     let classes = match source {
         SourceKind::Ebpf => [ReadClass::Ebpf; 2],
-        SourceKind::Procfs => [ReadClass::Procfs; 2],
+        SourceKind::Procfs => [ReadClass::Procfs, ReadClass::ProcfsSlow],
         SourceKind::Libvirt => [ReadClass::LibvirtFast, ReadClass::LibvirtSlow],
     };
     classes.into_iter().map(|class| sample.reads(class)).find(|r| r.fresh)?.now

@@ -3,7 +3,9 @@
 #[path = "ebpf/probes.rs"]
 pub mod probes;
 
-use crate::units::{Tid, Window};
+use std::os::fd::OwnedFd;
+
+use crate::units::{Tgid, Tid, Window};
 
 /// Why kernel programs cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +31,10 @@ pub enum Ebpf {}
 #[derive(Debug)]
 pub enum Slot {}
 
+/// There is none.
+#[derive(Debug)]
+pub enum ProcessSlot {}
+
 /// What would be kept of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
@@ -39,7 +45,8 @@ pub enum Keep {
 }
 
 pub use monitor_ebpf::{
-    BUCKETS, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, bucket_range,
+    BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS,
+    bucket_range, class_of,
 };
 
 /// Runs of a program.
@@ -53,7 +60,7 @@ pub struct ProgramRuns {
 
 #[path = "ebpf/times.rs"]
 mod times;
-pub use times::{Doing, ThreadTimes};
+pub use times::{Doing, Happened, ProcessTimes, ThreadTimes, Torn};
 
 impl Ebpf {
     /// Never succeeds.
@@ -120,6 +127,33 @@ impl Ebpf {
     /// None exists.
     #[must_use]
     pub fn take_charges(&self, _: &Slot) -> Option<Charges> {
+        match *self {}
+    }
+
+    /// None exists.
+    pub fn follow_process(&mut self, _: Tgid) -> Option<ProcessSlot> {
+        match *self {}
+    }
+
+    /// None exists.
+    pub fn forget_process(&mut self, _: ProcessSlot) {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn process_times(&self, _: &ProcessSlot) -> Option<Result<ProcessTimes, Torn>> {
+        match *self {}
+    }
+
+    /// None exists.
+    pub fn happened(&mut self) -> Vec<Happened> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn changes(&self) -> Option<OwnedFd> {
         match *self {}
     }
 }

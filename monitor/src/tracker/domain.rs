@@ -1,7 +1,8 @@
 //! One watched domain: what is known of it, what reads it, and its values.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
+use super::classes::Classes;
 use crate::{
     inventory::{Domain, Vcpu},
     ledger::{Ledger, Parts, new_in_histogram},
@@ -9,7 +10,10 @@ use crate::{
     record::Subject,
     sample::{CulpritKind, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail},
     source::{
-        ebpf::{Culprit, Ebpf, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, Slot, ThreadTimes},
+        ebpf::{
+            Culprit, Ebpf, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, ProcessSlot, ProcessTimes, Slot,
+            ThreadTimes, Torn,
+        },
         libvirt::stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats},
         procfs::{ProcessReader, ProcfsError, ThreadReader},
     },
@@ -28,11 +32,22 @@ pub struct Tracked {
     /// Samples written.
     pub seq: u64,
     pub(super) files: Option<ProcessReader>,
+    /// Follows the process as a whole, and the vhost kernel threads that work for it.
+    pub(super) processes: Vec<ProcessSlot>,
+    classes: Classes,
+    classes_at: Option<MonotonicNs>,
     pub(super) threads: Vec<Thread>,
     /// Thread ids at the last look, to see cheaply whether anything came or went.
     pub(super) task_ids: Vec<u32>,
     pub(super) followed_since: Option<MonotonicNs>,
     histograms_at: Option<MonotonicNs>,
+}
+
+/// What followed a domain in the kernel.
+#[derive(Debug, Default)]
+pub(super) struct Slots {
+    pub(super) threads: Vec<Slot>,
+    pub(super) processes: Vec<ProcessSlot>,
 }
 
 /// What reads one vCPU thread; in the order of `domain.vcpus`.
@@ -56,6 +71,9 @@ impl Tracked {
             sample,
             seq: 0,
             files: None,
+            processes: Vec::new(),
+            classes: Classes::default(),
+            classes_at: None,
             threads,
             task_ids: Vec::new(),
             followed_since: None,
@@ -96,8 +114,10 @@ impl Tracked {
     }
 
     /// Forgets the process and all values: counters will start anew. Returns what followed its threads.
-    pub(super) fn release(&mut self) -> Vec<Slot> {
+    pub(super) fn release(&mut self) -> Slots {
         let slots = self.take_slots();
+        self.classes = Classes::default();
+        self.classes_at = None;
         self.domain.process = None;
         self.domain.id = None; // Of the run that is over: libvirt's word on the next one is no further restart.
         self.files = None;
@@ -111,8 +131,11 @@ impl Tracked {
         slots
     }
 
-    pub(super) fn take_slots(&mut self) -> Vec<Slot> {
-        self.threads.iter_mut().filter_map(|thread| std::mem::take(thread).slot).collect()
+    pub(super) fn take_slots(&mut self) -> Slots {
+        Slots {
+            threads: self.threads.iter_mut().filter_map(|thread| std::mem::take(thread).slot).collect(),
+            processes: std::mem::take(&mut self.processes),
+        }
     }
 
     pub(super) fn since_ns(&self) -> BTreeMap<&'static str, u64> {
@@ -135,7 +158,7 @@ impl Tracked {
 
     /// Returns how many readings were discarded because they cannot be.
     pub(super) fn put_ebpf(&mut self, ebpf: &Ebpf, window: Window, names: &Names) -> u64 {
-        if self.threads.iter().all(|t| t.slot.is_none()) {
+        if self.processes.is_empty() && self.threads.iter().all(|t| t.slot.is_none()) {
             return 0;
         }
         self.sample.begin(ReadClass::Ebpf);
@@ -158,9 +181,75 @@ impl Tracked {
                 thread.put_culprits(ebpf, names, detail);
             }
         }
-        self.sample.cpu.put_some(SourceKind::Ebpf, Metric::CpuVcpuRun, run_sum.map(Nanos));
+        if !self.threads.is_empty() {
+            self.sample.cpu.put_some(SourceKind::Ebpf, Metric::CpuVcpuRun, run_sum.map(Nanos));
+        }
+        lost += self.put_processes(ebpf);
         self.sample.end(ReadClass::Ebpf, window);
         lost
+    }
+
+    /// CPU time of all threads. Returns 1 if it could not be read right.
+    fn put_processes(&mut self, ebpf: &Ebpf) -> u64 {
+        let mut sum: Option<ProcessTimes> = None;
+        for slot in &self.processes {
+            match ebpf.process_times(slot) {
+                Some(Ok(times)) => sum = Some(sum.map_or(times, |sum| sum.plus(&times))),
+                Some(Err(Torn)) => return 1,
+                None => return 0,
+            }
+        }
+        let Some(times) = sum else { return 0 };
+        let figures = [
+            (Metric::CpuTime, times.time_ns),
+            (Metric::CpuEmulatorRun, times.emulator_ns),
+            (Metric::CpuIothreadRun, times.iothread_ns),
+            (Metric::CpuWorkerRun, times.worker_ns),
+            (Metric::CpuVhostRun, times.vhost_ns),
+        ];
+        let cpu = &mut self.sample.cpu;
+        let falls = |(metric, now): &(Metric, u64)| {
+            cpu.before(SourceKind::Ebpf, *metric).is_some_and(|before| before > *now)
+        };
+        if figures.iter().any(falls) {
+            return 1;
+        }
+        for (metric, ns) in figures {
+            cpu.put(SourceKind::Ebpf, metric, Nanos(ns));
+        }
+        0
+    }
+
+    /// Reads what is dear to read, if it is time to.
+    pub(super) fn put_procfs_slow(
+        &mut self,
+        root: &Path,
+        buffer: &mut [u8],
+        every_ns: u64,
+    ) -> Option<Result<(), ProcfsError>> {
+        let process = self.domain.process?;
+        let begin = MonotonicNs::now();
+        if self.classes_at.is_some_and(|at| begin.since(at) < every_ns) {
+            return None;
+        }
+        self.classes_at = Some(begin);
+        let times = match self.classes.read(root, process, buffer) {
+            Ok(times) => times,
+            Err(error) => return Some(Err(error)),
+        };
+        self.sample.begin(ReadClass::ProcfsSlow);
+        let [emulator, _, iothread, worker, vhost] = times;
+        let cpu = &mut self.sample.cpu;
+        for (metric, ns) in [
+            (Metric::CpuEmulatorRun, emulator),
+            (Metric::CpuIothreadRun, iothread),
+            (Metric::CpuWorkerRun, worker),
+            (Metric::CpuVhostRun, vhost),
+        ] {
+            cpu.put(SourceKind::Procfs, metric, Nanos(ns));
+        }
+        self.sample.end(ReadClass::ProcfsSlow, Window { begin, end: MonotonicNs::now() });
+        Some(Ok(()))
     }
 
     /// At most once a second.

@@ -3,22 +3,27 @@
 //!
 //! Decides nothing about time or output: `run` says when to look, and writes the [`Notice`]s.
 
+mod classes;
 mod domain;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
 pub use self::domain::Tracked;
-use self::domain::{Names, Thread};
+use self::domain::{Names, Slots, Thread};
 use crate::{
     inventory::{Domain, DomainState, FoundBy, Owner, QemuProcess},
     record::{Change, EventKind},
     source::{
-        ebpf::{Ebpf, EbpfError, Keep, NotFollowed, probes::ProbeGroup},
+        ebpf::{Ebpf, EbpfError, Happened, Keep, NotFollowed, probes::ProbeGroup},
         libvirt::{Groups, LibvirtSample},
         procfs::{self, FoundQemu, ProcessReader, Processes, ThreadReader},
     },
     units::{DomainUuid, MonotonicNs, SourceKind, Tid, VcpuIndex},
 };
+
+/// Time between readings of what is dear to read in `/proc`, beside eBPF and without it.
+const SLOW_BESIDE_EBPF_NS: u64 = 10_000_000_000;
+const SLOW_NS: u64 = 1_000_000_000;
 
 /// Something the reader of the stream has to be told.
 #[derive(Clone, Debug)]
@@ -177,9 +182,7 @@ impl Tracker {
         for i in 0..self.domains.len() {
             self.look_at_threads(i);
         }
-        if let Some(Err(error)) = self.ebpf.as_mut().map(Ebpf::seed) {
-            self.count(SourceKind::Ebpf).failed(&error);
-        }
+        self.seed();
     }
 
     fn process_found(&mut self, found: FoundQemu) {
@@ -201,6 +204,8 @@ impl Tracker {
             self.release(i, "another QEMU process runs this domain");
         }
         self.domains[i].domain.process = Some(found.process);
+        let slot = self.ebpf.as_mut().and_then(|ebpf| ebpf.follow_process(found.process.tgid));
+        self.domains[i].processes.extend(slot);
         match ProcessReader::open(&self.root, found.process) {
             Ok(files) => self.domains[i].files = Some(files),
             Err(error) => self.count(SourceKind::Procfs).failed(&error),
@@ -265,9 +270,10 @@ impl Tracker {
         self.notice_event(i, EventKind::CounterReset, reason);
     }
 
-    fn forget(&mut self, slots: Vec<crate::source::ebpf::Slot>) {
+    fn forget(&mut self, slots: Slots) {
         if let Some(ebpf) = &mut self.ebpf {
-            slots.into_iter().for_each(|slot| ebpf.forget(slot));
+            slots.threads.into_iter().for_each(|slot| ebpf.forget(slot));
+            slots.processes.into_iter().for_each(|slot| ebpf.forget_process(slot));
         }
     }
 
@@ -342,7 +348,7 @@ impl Tracker {
             }
             changed = true;
             let slot = std::mem::take(&mut self.domains[i].threads[v]).slot;
-            self.forget(slot.into_iter().collect());
+            self.forget(Slots { threads: slot.into_iter().collect(), ..Slots::default() });
             match new {
                 Some(tid) => self.adopt_thread(i, v, tid),
                 // An unplugged vCPU: its thread is gone while the process lives.
@@ -406,14 +412,43 @@ impl Tracker {
 
     /// Reads `/proc` of every domain.
     pub fn read_procfs(&mut self) {
+        let every_ns = if self.ebpf.is_some() { SLOW_BESIDE_EBPF_NS } else { SLOW_NS };
         for tracked in &mut self.domains {
-            let Some(result) = tracked.put_procfs(&mut self.buffer) else { continue };
+            let results = [
+                tracked.put_procfs(&mut self.buffer),
+                tracked.put_procfs_slow(&self.root, &mut self.buffer, every_ns),
+            ];
             let count = &mut self.counts[SourceKind::Procfs as usize];
-            match result {
-                Ok(()) => count.reads += 1,
-                Err(error) if error.is_gone() => count.lost += 1,
-                Err(error) => count.failed(&error),
+            for result in results.into_iter().flatten() {
+                match result {
+                    Ok(()) => count.reads += 1,
+                    Err(error) if error.is_gone() => count.lost += 1,
+                    Err(error) => count.failed(&error),
+                }
             }
+        }
+    }
+
+    /// Looks at what the kernel programs say has changed.
+    pub fn look_at_changes(&mut self) {
+        let happened = self.ebpf.as_mut().map(Ebpf::happened).unwrap_or_default();
+        if happened.iter().any(|what| matches!(what, Happened::Began(_) | Happened::Ended(_))) {
+            return self.look();
+        }
+        for i in 0..self.domains.len() {
+            let process = self.domains[i].domain.process.map(|process| process.tgid);
+            let is_meant =
+                |what: &Happened| matches!(what, Happened::Threads(tgid) if Some(*tgid) == process);
+            if happened.iter().any(is_meant) {
+                self.look_at_threads(i);
+            }
+        }
+        self.seed();
+    }
+
+    fn seed(&mut self) {
+        if let Some(Err(error)) = self.ebpf.as_mut().map(Ebpf::seed) {
+            self.count(SourceKind::Ebpf).failed(&error);
         }
     }
 

@@ -7,34 +7,38 @@
 pub mod layout;
 mod mapped;
 pub mod probes;
+mod process;
 mod sched;
 mod times;
 
-use std::{io, path::Path};
+use std::{io, os::fd::OwnedFd, path::Path};
 
 pub use self::{
+    process::ProcessSlot,
     sched::{Keep, NotFollowed, Slot},
-    times::{Doing, ThreadTimes},
+    times::{Doing, Happened, ProcessTimes, ThreadTimes, Torn},
 };
 use aya::{
     Btf, Ebpf as Object, EbpfLoader, Pod,
-    maps::{Map, MapData},
+    maps::{Map, MapData, MapError},
     programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint},
 };
 use monitor_ebpf::Layout;
 pub use monitor_ebpf::{
-    BUCKETS, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, bucket_range,
+    BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS,
+    bucket_range, class_of,
 };
 
 use self::{
     layout::LayoutError,
     mapped::Mapped,
     probes::{Attach, Need, PROBES, Probe, ProbeGroup, ProbeState},
+    process::Processes,
     sched::Sched,
 };
 use crate::{
     one_line,
-    units::{MonotonicNs, Tid, Window, duration_ns},
+    units::{MonotonicNs, Tgid, Tid, Window, duration_ns},
 };
 
 /// The programs, as `cargo xtask build-ebpf` made them.
@@ -75,6 +79,9 @@ pub enum EbpfError {
     /// Reading the threads failed.
     #[error("cannot run the program read_threads: {0}")]
     Read(String),
+    /// Every group lacks something; the first of the reasons.
+    #[error("the kernel refused the probes: {0}")]
+    Refused(String),
     /// No group of probes was asked for.
     #[error("no group of probes was asked for")]
     NoGroup,
@@ -94,6 +101,7 @@ pub struct Ebpf {
     object: Object,
     states: Vec<(Probe, ProbeState)>,
     sched: Option<Sched>,
+    processes: Option<Processes>,
 }
 
 #[repr(transparent)]
@@ -124,14 +132,15 @@ impl Ebpf {
         let with_sched = this.attach(ProbeGroup::Sched, sched.map(drop))?;
         let states = this.states;
         if !states.iter().any(|(_, state)| *state == ProbeState::Attached) {
-            let refused = states.into_iter().find_map(|(probe, state)| match state {
-                ProbeState::Failed(reason) => Some(EbpfError::Program { program: probe.program, reason }),
+            let refused = states.into_iter().find_map(|(_, state)| match state {
+                ProbeState::Failed(reason) => Some(reason),
                 _ => None,
             });
-            return Err(refused.unwrap_or(EbpfError::NoGroup));
+            return Err(refused.map_or(EbpfError::NoGroup, EbpfError::Refused));
         }
         let sched = if with_sched { Some(Sched::new(&object)?) } else { None };
-        let mut this = Self { object, states, sched };
+        let processes = if with_sched { Some(Processes::new(&mut object)?) } else { None };
+        let mut this = Self { object, states, sched, processes };
         if let Some(sched) = &mut this.sched {
             sched.compare_clocks();
         }
@@ -187,7 +196,43 @@ impl Ebpf {
         if let Some(sched) = &mut self.sched {
             sched.read(&self.object)?;
         }
+        if let Some(processes) = &self.processes {
+            processes.read(&self.object)?;
+        }
         Ok(Window { begin, end: MonotonicNs::now() })
+    }
+
+    /// Begins to follow a process as a whole. Call [`Ebpf::seed`] after the last of a batch. `None` if the scheduling
+    /// probes do not run or the kernel tables have no room.
+    pub fn follow_process(&mut self, tgid: Tgid) -> Option<ProcessSlot> {
+        let slot = self.processes.as_mut()?.follow(tgid)?;
+        self.sched.as_mut()?.seed_next();
+        Some(slot)
+    }
+
+    /// Stops following a process.
+    pub fn forget_process(&mut self, slot: ProcessSlot) {
+        if let Some(processes) = &mut self.processes {
+            processes.forget(slot);
+        }
+    }
+
+    /// Figures of a process at the last [`Ebpf::read`]; `None` if it was never seen or is gone, an error if its threads
+    /// changed under every attempt to read them.
+    #[must_use]
+    pub fn process_times(&self, slot: &ProcessSlot) -> Option<Result<ProcessTimes, Torn>> {
+        self.processes.as_ref()?.times(slot)
+    }
+
+    /// What happened among processes and threads since the last call.
+    pub fn happened(&mut self) -> Vec<Happened> {
+        self.processes.as_mut().map(Processes::happened).unwrap_or_default()
+    }
+
+    /// A descriptor that becomes readable when [`Ebpf::happened`] has something to tell; `None` if nothing ever does.
+    #[must_use]
+    pub fn changes(&self) -> Option<OwnedFd> {
+        self.processes.as_ref()?.changes().ok()
     }
 
     /// Figures of a thread at the last [`Ebpf::read`]; `None` if it was never seen or could not be read.
@@ -322,6 +367,16 @@ fn detach(object: &mut Object, probe: &Probe) -> Result<(), EbpfError> {
         Some(Program::Iter(program)) => program.unload().map_err(failed),
         _ => Ok(()),
     }
+}
+
+/// Takes a map out of the object.
+fn take_map<M: TryFrom<Map, Error = MapError>>(
+    object: &mut Object,
+    name: &'static str,
+) -> Result<M, EbpfError> {
+    let failed = |source| EbpfError::Map { map: name, source };
+    let map = object.take_map(name).ok_or_else(|| failed(io::Error::other("not in the object")))?;
+    M::try_from(map).map_err(|e| failed(io::Error::other(e)))
 }
 
 fn map<T: Copy>(object: &Object, name: &'static str, len: usize) -> Result<Mapped<T>, EbpfError> {

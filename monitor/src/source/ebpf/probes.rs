@@ -77,6 +77,30 @@ pub const PROBES: &[Probe] = &[
         need: Need::Required,
     },
     Probe {
+        program: "read_process",
+        attach: Attach::OnRequest,
+        group: ProbeGroup::Sched,
+        need: Need::Required,
+    },
+    Probe {
+        program: "thread_ends",
+        attach: Attach::BtfTracepoint("sched_process_exit"),
+        group: ProbeGroup::Sched,
+        need: Need::Required,
+    },
+    Probe {
+        program: "thread_renamed",
+        attach: Attach::BtfTracepoint("task_rename"),
+        group: ProbeGroup::Sched,
+        need: Need::Optional("a new vCPU is noticed up to a second later"),
+    },
+    Probe {
+        program: "process_began",
+        attach: Attach::BtfTracepoint("sched_process_exec"),
+        group: ProbeGroup::Sched,
+        need: Need::Optional("a new QEMU process is noticed up to a second later"),
+    },
+    Probe {
         program: "seed_threads",
         attach: Attach::Iterator("task"),
         group: ProbeGroup::Sched,

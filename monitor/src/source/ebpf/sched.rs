@@ -44,13 +44,13 @@ pub enum Keep {
 
 /// Places of an array map that are handed out; the one given back longest ago is used again first.
 #[derive(Debug, Default)]
-struct Places {
+pub(super) struct Places {
     free: VecDeque<u32>,
     used: u32,
 }
 
 impl Places {
-    fn take(&mut self, limit: u32) -> Option<u32> {
+    pub(super) fn take(&mut self, limit: u32) -> Option<u32> {
         if self.used < limit {
             self.used += 1;
             return Some(self.used - 1);
@@ -58,8 +58,13 @@ impl Places {
         self.free.pop_front()
     }
 
-    fn give_back(&mut self, place: u32) {
+    pub(super) fn give_back(&mut self, place: u32) {
         self.free.push_back(place);
+    }
+
+    /// Places handed out so far lie below this.
+    pub(super) fn used(&self) -> u32 {
+        self.used
     }
 }
 
@@ -144,6 +149,11 @@ impl Sched {
         self.followed += 1;
         self.unseeded = true;
         Ok(Slot { thread: place, histograms })
+    }
+
+    /// The next [`Sched::seed`] walks even if no thread is new.
+    pub(super) fn seed_next(&mut self) {
+        self.unseeded = true;
     }
 
     /// Stops following a thread.

@@ -1,4 +1,6 @@
-//! What is known of one thread at a reading.
+//! What is known of one thread or process at a reading, and what happened among them.
+
+use crate::units::Tgid;
 
 /// Figures of one thread, the interval in progress included. Times are nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,3 +53,61 @@ impl Doing {
         }
     }
 }
+
+/// Figures of one process and all its threads, runs in progress included. Times are nanoseconds by the task clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessTimes {
+    /// CPU time of all threads since the process started, ended ones included. Threads that ended before the process was
+    /// followed count as the kernel counted them, which is up to a scheduler tick less than they had, each.
+    pub time_ns: u64,
+    /// Of the threads that are in no other class. Here and below, threads that ended before the process was followed are
+    /// left out.
+    pub emulator_ns: u64,
+    /// Of the vCPUs.
+    pub vcpu_ns: u64,
+    /// Of the iothreads.
+    pub iothread_ns: u64,
+    /// Of the worker threads of QEMU and io_uring.
+    pub worker_ns: u64,
+    /// Of the vhost threads that belong to the process (Linux 6.4).
+    pub vhost_ns: u64,
+    /// Living threads.
+    pub threads: u32,
+    /// Threads that ended since it is followed.
+    pub ended: u64,
+    /// When it started, nanoseconds after boot.
+    pub start_boottime_ns: u64,
+}
+
+impl ProcessTimes {
+    /// Both together; when it started is this one's.
+    #[must_use]
+    pub const fn plus(&self, other: &Self) -> Self {
+        Self {
+            time_ns: self.time_ns + other.time_ns,
+            emulator_ns: self.emulator_ns + other.emulator_ns,
+            vcpu_ns: self.vcpu_ns + other.vcpu_ns,
+            iothread_ns: self.iothread_ns + other.iothread_ns,
+            worker_ns: self.worker_ns + other.worker_ns,
+            vhost_ns: self.vhost_ns + other.vhost_ns,
+            threads: self.threads + other.threads,
+            ended: self.ended + other.ended,
+            start_boottime_ns: self.start_boottime_ns,
+        }
+    }
+}
+
+/// What happened among processes and threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Happened {
+    /// Threads of a followed process came, ended or got a name.
+    Threads(Tgid),
+    /// A process began that may be QEMU.
+    Began(Tgid),
+    /// A followed process ended.
+    Ended(Tgid),
+}
+
+/// A process whose threads changed under every attempt to read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Torn;

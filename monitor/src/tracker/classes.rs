@@ -1,0 +1,53 @@
+//! CPU time of a QEMU process's threads by class, as `/proc` has it: what the threads that are there have used, and what
+//! those used that have gone since, as of the last look at them.
+
+use std::{collections::HashMap, path::Path};
+
+use crate::{
+    inventory::QemuProcess,
+    source::{
+        ebpf::{CLASSES, class_of},
+        procfs::{self, ProcfsError},
+    },
+};
+
+/// CPU time by class, nanoseconds.
+pub(super) type ClassTimes = [u64; CLASSES];
+
+/// The threads at the last look.
+#[derive(Debug, Default)]
+pub(super) struct Classes {
+    seen: HashMap<u32, (usize, u64)>,
+    ended: ClassTimes,
+}
+
+impl Classes {
+    /// Looks at every thread of the process.
+    pub(super) fn read(
+        &mut self,
+        root: &Path,
+        process: QemuProcess,
+        buffer: &mut [u8],
+    ) -> Result<ClassTimes, ProcfsError> {
+        let ids = procfs::thread_ids(root, process)?;
+        let mut now = HashMap::with_capacity(ids.len());
+        for tid in ids {
+            match procfs::named_time(root, process, tid, buffer) {
+                Ok((comm, run)) => drop(now.insert(tid, (class_of(&comm), run.0))),
+                Err(error) if error.is_gone() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        for (tid, (class, run)) in std::mem::replace(&mut self.seen, now) {
+            // An id that stands for a thread with less time stands for another thread.
+            if self.seen.get(&tid).is_none_or(|(_, later)| *later < run) {
+                self.ended[class] += run;
+            }
+        }
+        let mut times = self.ended;
+        for (class, run) in self.seen.values() {
+            times[*class] += run;
+        }
+        Ok(times)
+    }
+}
