@@ -1,8 +1,10 @@
 //! The command line: what the user typed, and the [`Config`] that follows from it.
 
-use std::{str::FromStr, time::Duration};
+use std::{path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::sink::report::Format;
 
 use crate::source::ebpf::probes::ProbeGroup;
 
@@ -23,6 +25,8 @@ pub struct Cli {
 pub enum Command {
     /// Stream samples as NDJSON, one JSON object per line.
     Run(RunArgs),
+    /// Compare the sources: how accurate each is, live or from a recorded stream.
+    Compare(CompareArgs),
     /// Show the domains: QEMU process, vCPU threads, interfaces, disks, and how each was found.
     List(ListArgs),
     /// Show what this host can do, source by source and probe by probe; if not, why and what to do.
@@ -62,17 +66,38 @@ pub struct RunArgs {
     pub libvirt_interval: Option<Period>,
     /// Time between reads of what libvirt has to ask QEMU for, while kernel probes work; the guests pay for
     /// these. At least --libvirt-interval.
-    #[arg(long, value_name = "DUR", default_value = "10s")]
-    pub libvirt_slow_interval: Period,
+    /// [default: 10s; compare: a twentieth of --duration, 10s at most]
+    #[arg(long, value_name = "DUR")]
+    pub libvirt_slow_interval: Option<Period>,
     /// How long to run [default: until a signal].
     #[arg(long, value_name = "DUR")]
     pub duration: Option<Period>,
     /// Groups of kernel probes to attach, separated by commas [default: all].
     #[arg(long, value_enum, value_delimiter = ',', value_name = "GROUPS")]
     pub probes: Option<Vec<ProbeGroup>>,
-    /// Where the stream goes: a file, or - for standard output.
+    /// Where the output goes: a file, or - for standard output.
     #[arg(long, value_name = "FILE", default_value = "-")]
     pub output: String,
+}
+
+/// Arguments of `compare`.
+#[derive(Clone, Debug, Args)]
+pub struct CompareArgs {
+    /// A recorded stream, plain or zstd, - for standard input [default: measure now].
+    #[arg(value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// How the report is written.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Exit with status 1 if more than so many per cent of any figure are unexplained.
+    #[arg(long, value_name = "PERCENT")]
+    pub fail_over: Option<f64>,
+    /// What the guests did by their own account, for test labs: a JSON array.
+    #[arg(long, value_name = "FILE")]
+    pub truth: Option<PathBuf>,
+    /// How to measure.
+    #[command(flatten)]
+    pub run: RunArgs,
 }
 
 /// Arguments of `list`.
@@ -126,6 +151,9 @@ pub enum SchemaFormat {
     Markdown,
 }
 
+/// Time between reads of libvirt's dear groups, if nothing else is asked for.
+const SLOW_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Longest duration taken: far from where sums of durations and clocks overflow.
 const LONGEST: Duration = Duration::from_secs(100 * 366 * 86_400);
 
@@ -171,9 +199,66 @@ pub struct Config {
     pub output: String,
 }
 
+/// What `compare` does, resolved from what was typed.
+#[derive(Clone, Debug)]
+pub struct CompareConfig {
+    /// A recorded stream, or how to make one.
+    pub stream: Stream,
+    /// How the report is written.
+    pub format: Format,
+    /// Limit on what is unexplained, per cent.
+    pub limit_pct: Option<f64>,
+    /// File of ground truth.
+    pub truth: Option<PathBuf>,
+    /// Names or UUIDs; empty means all.
+    pub domains: Vec<String>,
+    /// File of the report, or `-`.
+    pub output: String,
+}
+
+/// Where `compare` takes its samples from.
+#[derive(Clone, Debug)]
+pub enum Stream {
+    /// A file.
+    Recorded(PathBuf),
+    /// Measured now.
+    Live(Box<Config>),
+}
+
+impl CompareConfig {
+    /// Fills in what was not typed, and checks the rest.
+    ///
+    /// # Errors
+    /// If options contradict each other or a limit.
+    pub fn resolve(args: CompareArgs) -> Result<Self, ConfigError> {
+        let CompareArgs { file, format, fail_over, truth, mut run } = args;
+        if fail_over.is_some_and(|limit| !limit.is_finite() || limit < 0.0) {
+            return Err(ConfigError::BadLimit);
+        }
+        let (domains, output) = (run.domains.clone(), run.output.clone());
+        let stream = match file {
+            Some(_) if run.duration.is_some() => return Err(ConfigError::RecordedDuration),
+            Some(file) => Stream::Recorded(file),
+            None => {
+                // Few readings compare little: the guests pay for more of them while they are compared.
+                let often = run.duration.map(|d| Period((d.0 / 20).min(SLOW_INTERVAL)));
+                run.libvirt_slow_interval = run.libvirt_slow_interval.or(often);
+                Stream::Live(Box::new(Config::resolve(run)?))
+            }
+        };
+        Ok(Self { stream, format, limit_pct: fail_over, truth, domains, output })
+    }
+}
+
 /// Options that contradict each other or a limit.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// The limit of a comparison is no share.
+    #[error("--fail-over takes a share in per cent, such as 0.5")]
+    BadLimit,
+    /// A recorded stream has its own duration.
+    #[error("--duration and a recorded stream contradict each other: leave out one of them")]
+    RecordedDuration,
     /// The interval is too short.
     #[error("--interval {0:?} is too short: 10ms is the least")]
     IntervalTooShort(Duration),
@@ -204,7 +289,10 @@ impl Config {
             domains: args.domains,
             interval,
             libvirt_interval,
-            libvirt_slow_interval: args.libvirt_slow_interval.0.max(libvirt_interval),
+            libvirt_slow_interval: args
+                .libvirt_slow_interval
+                .map_or(SLOW_INTERVAL, |p| p.0)
+                .max(libvirt_interval),
             duration: args.duration.map(|p| p.0),
             output: args.output,
         })

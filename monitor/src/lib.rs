@@ -5,7 +5,8 @@
 //! `probe → map → sample → model → reconcile → sink`: the kernel programs (package `monitor-ebpf`) sum events in
 //! maps; once per tick each [`source`] is read into the [`sample::DomainSample`] of its domain, with the window
 //! it was read in; two reads give a rate with bounds ([`model`]); [`record`] defines the line that is written,
-//! with every source's number side by side; [`sink`] writes it.
+//! with every source's number side by side; [`sink`] writes it. [`recorded`] reads such lines back, and [`compare`]
+//! holds the sources against each other.
 //!
 //! | Module | Does | Must not know |
 //! |---|---|---|
@@ -15,6 +16,9 @@
 //! | [`tracker`] | merges the sources' domains, follows threads | time, output |
 //! | [`ledger`], [`model`] | arithmetic on readings and samples | I/O, clocks, JSON |
 //! | [`record`], [`sink`] | define the lines; write them | where numbers came from |
+//! | [`reconcile`] | says whether two sources can both be right, and which known causes make them differ | I/O, clocks, JSON |
+//! | [`compare`] | lines of a stream → a report of how accurate each source is | I/O, clocks, JSON |
+//! | [`recorded`] | feeds a recorded stream, or the one being made, to a comparison | any metric by name |
 //! | [`run`] | ticks, calls the above in order, stops cleanly | any metric by name |
 //! | [`host`] | facts of this machine and the rules that follow | sources |
 //!
@@ -26,13 +30,16 @@
 
 pub mod check;
 pub mod cli;
+pub mod compare;
 pub mod host;
 pub mod inventory;
 pub mod ledger;
 pub mod list;
 pub mod metric;
 pub mod model;
+pub mod reconcile;
 pub mod record;
+pub mod recorded;
 pub mod run;
 pub mod sample;
 pub mod sink;

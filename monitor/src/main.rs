@@ -7,15 +7,18 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use monitor::{
     check::check,
-    cli::{Cli, Command, Config, RunArgs, SchemaFormat},
+    cli::{Cli, Command, CompareArgs, CompareConfig, Config, RunArgs, SchemaFormat, Stream},
     list::list,
     metric, record,
-    run::run,
+    recorded::{Feed, SharedFeed, compare_file, read_truths},
+    run::{RunError, run, run_into},
+    sink::{Ndjson, report},
 };
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Exit statuses; 1 is for a comparison that exceeded its limit.
 const DONE: u8 = 0;
+const EXCEEDED: u8 = 1;
 const ERROR: u8 = 2;
 
 fn main() {
@@ -38,6 +41,7 @@ fn leave(status: u8) -> ! {
 fn dispatch(command: Command) -> anyhow::Result<u8> {
     match command {
         Command::Run(args) => stream(args),
+        Command::Compare(args) => compare(args),
         Command::List(args) => {
             let listing = list(&args)?;
             if let Some(error) = &listing.libvirt_error {
@@ -59,6 +63,13 @@ fn dispatch(command: Command) -> anyhow::Result<u8> {
 
 fn stream(args: RunArgs) -> anyhow::Result<u8> {
     let config = Config::resolve(args)?;
+    until_signal(|shutdown| run(config, shutdown)).map(|()| DONE)
+}
+
+/// Runs something that a signal ends.
+fn until_signal<F: Future<Output = Result<(), RunError>>>(
+    work: impl FnOnce(Shutdown) -> F,
+) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -74,11 +85,38 @@ fn stream(args: RunArgs) -> anyhow::Result<u8> {
                 _ = hangup.recv() => "SIGHUP",
             }
         };
-        run(config, shutdown).await.map_err(anyhow::Error::from)
+        work(Box::pin(shutdown)).await.map_err(anyhow::Error::from)
     });
     // A libvirt call that never returns must not keep the process.
     runtime.shutdown_background();
-    result.map(|()| DONE)
+    result
+}
+
+type Shutdown = std::pin::Pin<Box<dyn Future<Output = &'static str>>>;
+
+fn compare(args: CompareArgs) -> anyhow::Result<u8> {
+    let config = CompareConfig::resolve(args)?;
+    let truths = config.truth.as_deref().map(read_truths).transpose()?.unwrap_or_default();
+    let feed = Feed::new(truths, config.domains);
+    let found = match config.stream {
+        Stream::Recorded(file) => compare_file(&file, feed, config.limit_pct)?,
+        Stream::Live(run) => {
+            let shared = SharedFeed::new(feed);
+            let sink = Ndjson::start("the comparison".to_owned(), shared.clone());
+            until_signal(|shutdown| run_into(*run, sink, shutdown))?;
+            shared.take().finish(config.limit_pct)
+        }
+    };
+    let text = report::render(&found, config.format);
+    if config.output == "-" {
+        print(&text)?;
+    } else {
+        std::fs::write(&config.output, text).with_context(|| format!("cannot write {}", config.output))?;
+    }
+    if found.summary.compared == 0 {
+        anyhow::bail!("nothing was compared: {}", found.nothing());
+    }
+    Ok(if found.summary.exceeded { EXCEEDED } else { DONE })
 }
 
 /// Writes to standard output; a closed pipe is success.

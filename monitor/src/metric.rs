@@ -151,6 +151,8 @@ metrics! {
         "Time the vCPU thread was on a CPU. ebpf: to the nanosecond, the run in progress included. procfs: schedstat, as of the last scheduler tick. libvirt: vcpu.N.time, 10 ms grain.";
     VcpuWait: Vcpu, "wait_ns", Nanoseconds, Counter, [Ebpf, Procfs, Libvirt], Slow,
         "Time the vCPU thread was runnable but not running. ebpf: the wait in progress included. procfs: schedstat run_delay, finished waits only. libvirt: vcpu.N.delay.";
+    VcpuLibvirtWait: Vcpu, "libvirt_wait_ns", Nanoseconds, Counter, [Libvirt], Slow,
+        "What libvirt calls the waiting time of the vCPU: vcpu.N.wait. Meant to be wait_ns, but constantly 0 where libvirt does not find the figure in the kernel's file, as with libvirt 9.0 on kernels from 5.15.";
     VcpuIrq: Vcpu, "irq_ns", Nanoseconds, Counter, [Ebpf], Slow,
         "Time the vCPU thread was on a CPU, but interrupts or a hypervisor below this host took it: what the kernel's task clock leaves out of run_ns.";
     VcpuSleep: Vcpu, "sleep_ns", Nanoseconds, Counter, [Ebpf], Slow,

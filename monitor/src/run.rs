@@ -74,7 +74,20 @@ pub enum RunError {
 /// # Errors
 /// If a required source cannot work, a domain asked for does not exist, or the stream cannot be written.
 pub async fn run(config: Config, shutdown: impl Future<Output = &'static str>) -> Result<(), RunError> {
-    let mut runner = Runner::start(config).await?;
+    let sink = Ndjson::open(&config.output)?;
+    run_into(config, sink, shutdown).await
+}
+
+/// As [`run`], into a sink that is open already.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_into(
+    config: Config,
+    sink: Ndjson,
+    shutdown: impl Future<Output = &'static str>,
+) -> Result<(), RunError> {
+    let mut runner = Runner::start(config, sink).await?;
     let reason = match runner.until(shutdown).await {
         End::Stop(reason) => reason,
         End::Sink(SinkEnd::ReaderLeft) => return Ok(()),
@@ -121,7 +134,7 @@ struct LibvirtState {
 }
 
 impl Runner {
-    async fn start(config: Config) -> Result<Self, RunError> {
+    async fn start(config: Config, sink: Ndjson) -> Result<Self, RunError> {
         let facts = Facts::read();
         let ebpf = match config.ebpf {
             Mode::Off => Err("switched off by --ebpf off".to_owned()),
@@ -143,7 +156,7 @@ impl Runner {
         let mut this = Self {
             tracker: Tracker::new(PathBuf::from("/proc"), wanted.clone(), ebpf),
             libvirt: (config.libvirt != Mode::Off).then(|| LibvirtState::start(&config.uri)),
-            sink: Ndjson::open(&config.output)?,
+            sink,
             started: now,
             last_tick: None,
             last_due: None,

@@ -4,6 +4,7 @@
 //! never 0 or `null`. Adding a field is compatible; renaming one or changing a unit raises [`SCHEMA_VERSION`].
 //! Knows how numbers are written, not where they came from.
 
+pub mod read;
 mod sample;
 mod schema;
 

@@ -92,7 +92,9 @@ impl Ndjson {
         }
     }
 
-    fn start(to: String, output: impl Write + Send + 'static) -> Self {
+    /// Starts the thread that writes to something open, called `to`.
+    #[must_use]
+    pub fn start(to: String, output: impl Write + Send + 'static) -> Self {
         let (lines, incoming) = mpsc::channel::<Vec<u8>>();
         let (give_back, used) = mpsc::channel();
         let (end, ended) = oneshot::channel();

@@ -344,6 +344,7 @@ impl Tracked {
             if let Some(stats) = stats.vcpus.iter().find(|s| s.index == vcpu.index) {
                 put(values, Metric::VcpuRun, stats.time_ns);
                 put(values, Metric::VcpuWait, stats.delay_ns);
+                put(values, Metric::VcpuLibvirtWait, stats.wait_ns);
             }
         }
     }

@@ -1,0 +1,104 @@
+//! A report for a ticket.
+
+use std::fmt::Write as _;
+
+use super::table;
+use crate::{
+    compare::{Report, report::DomainReport},
+    visible,
+};
+
+pub(super) fn render(report: &Report) -> String {
+    let mut text = String::from("# kvm-monitor comparison\n\n");
+    for host in table::hosts(report) {
+        let _ = writeln!(text, "{}  ", escape(&host));
+    }
+    for missing in report.hosts.iter().flat_map(|h| &h.missing) {
+        let _ = writeln!(text, "not available: {}  ", escape(missing));
+    }
+    let _ = writeln!(text, "\n**{}**", escape(&table::overall(report)));
+    if !report.findings.is_empty() {
+        text.push_str("\n## Findings\n\n");
+        for finding in &report.findings {
+            let also = match finding.entities.len() {
+                0 | 1 => String::new(),
+                _ => format!(" (of {})", finding.entities.join(", ")),
+            };
+            let _ = writeln!(text, "- **{}**: {}{}", finding.cause, escape(&finding.sentence), escape(&also));
+        }
+    }
+    for domain in &report.domains {
+        self::domain(&mut text, domain);
+    }
+    section(&mut text, "Which source to trust", &table::sources(report));
+    section(&mut text, "Input", &table::input(report));
+    section(&mut text, "What this measurement cost, and how exact it can be", &table::own(&report.own));
+    text
+}
+
+fn section(text: &mut String, title: &str, lines: &[String]) {
+    let _ = writeln!(text, "\n## {title}\n");
+    for line in lines {
+        let indent = if line.starts_with("  ") { "  " } else { "" };
+        let _ = writeln!(text, "{indent}- {}", escape(line.trim_start()));
+    }
+}
+
+fn domain(text: &mut String, domain: &DomainReport) {
+    let _ = writeln!(text, "\n## {}\n\n`{}`, {} samples", escape(&domain.name), domain.uuid, domain.samples);
+    let truths = table::truth_rows(domain);
+    if !truths.is_empty() {
+        let titles: Vec<&str> = table::TRUTH_TITLES.into_iter().chain(["why they differ"]).collect();
+        head(text, &titles, 1..5);
+        for (cells, note) in truths {
+            let cells: Vec<String> = cells.into_iter().chain([note.to_owned()]).collect();
+            row(text, &cells);
+        }
+    }
+    let rows = table::comparison_rows(domain);
+    if !rows.is_empty() {
+        head(text, &table::COMPARISON_TITLES, 2..7);
+        rows.iter().for_each(|r| row(text, &r.cells));
+    }
+    let _ = writeln!(text, "\n{} further figures have one source only.", table::only_sources(domain));
+}
+
+fn head(text: &mut String, titles: &[&str], right: std::ops::Range<usize>) {
+    let _ = writeln!(text, "\n| {} |", titles.join(" | "));
+    let lines: Vec<&str> =
+        (0..titles.len()).map(|i| if right.contains(&i) { "--:" } else { "---" }).collect();
+    let _ = writeln!(text, "|{}|", lines.join("|"));
+}
+
+fn row(text: &mut String, cells: &[String]) {
+    let cells: Vec<String> = cells.iter().map(|c| escape(c)).collect();
+    let _ = writeln!(text, "| {} |", cells.join(" | "));
+}
+
+/// Text as it is: others may have chosen it.
+fn escape(text: &str) -> String {
+    let mut escaped = String::new();
+    for c in visible(text).chars() {
+        match c {
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '&' => escaped.push_str("&amp;"),
+            '\\' | '`' | '*' | '[' | ']' | '|' | '!' | '#' | '~' => {
+                escaped.push('\\');
+                escaped.push(c);
+            }
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::escape;
+
+    #[test]
+    fn text_of_tenants_stays_text() {
+        assert_eq!(escape("a|b <img> [x](y) `z`\n"), "a\\|b &lt;img&gt; \\[x\\](y) \\`z\\`\\\\n");
+    }
+}

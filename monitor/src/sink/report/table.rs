@@ -1,0 +1,277 @@
+//! The parts of a report as cells and sentences, the same for every format that people read.
+
+use crate::{
+    compare::{
+        amount::{amount, grouped, percent, signed, time},
+        report::{ComparisonReport, DomainReport, MetricReport, OwnReport, Report, TruthReport, Verdict},
+    },
+    reconcile::real,
+    units::{SourceKind, Unit},
+};
+
+/// Titles of [`comparison_rows`].
+pub(super) const COMPARISON_TITLES: [&str; 8] =
+    ["what", "metric", "reference", "other", "difference", "per tick p50 / p99", "unexplained", "verdict"];
+/// Titles of [`truth_rows`].
+pub(super) const TRUTH_TITLES: [&str; 5] = ["quantity", "truth", "eBPF", "procfs", "libvirt"];
+
+/// One line of the table of comparisons.
+pub(super) struct Row<'a> {
+    pub(super) cells: [String; 8],
+    pub(super) verdict: Verdict,
+    pub(super) reason: &'a str,
+}
+
+/// A domain's comparisons.
+pub(super) fn comparison_rows(domain: &DomainReport) -> Vec<Row<'_>> {
+    let mut rows = Vec::new();
+    for entity in &domain.entities {
+        for metric in &entity.metrics {
+            rows.extend(metric.comparisons.iter().map(|c| comparison_row(&entity.label, metric, c)));
+        }
+    }
+    rows
+}
+
+fn comparison_row<'a>(label: &str, metric: &MetricReport, of: &'a ComparisonReport) -> Row<'a> {
+    let unit = metric.of;
+    let share = of.difference_pct.filter(|p| *p != 0.0).map(|p| format!(" ({})", signed(percent(p))));
+    let causes: Vec<&str> = of.explained.iter().map(|e| e.cause).collect();
+    let verdict = match of.verdict {
+        Verdict::Explained if !causes.is_empty() => format!("explained: {}", causes.join(", ")),
+        Verdict::Disagree => match of.looks_like {
+            Some(looks) => format!("DISAGREE: {looks}"),
+            None => "DISAGREE".to_owned(),
+        },
+        verdict => verdict.name().to_owned(),
+    };
+    let reference = match of.reference_metric {
+        Some(name) => format!("{} {name} {}", of.reference, amount(of.reference_total, unit)),
+        None => format!("{} {}", of.reference, amount(of.reference_total, unit)),
+    };
+    let nothing = of.ticks == 0;
+    let or_dash = |text: String| if nothing { "-".to_owned() } else { text };
+    let unexplained = if of.verdict == Verdict::NotComparable {
+        "-".to_owned()
+    } else {
+        format!("{}{}", amount(of.unexplained, unit), pct_beside(of.unexplained, of.unexplained_pct))
+    };
+    let cells = [
+        label.to_owned(),
+        metric.metric.to_owned(),
+        or_dash(reference),
+        format!("{} {}", of.other, amount(of.other_total, unit)),
+        or_dash(format!("{}{}", signed(amount(of.difference, unit)), share.unwrap_or_default())),
+        or_dash(format!("{} / {}", amount(real(of.per_tick.p50), unit), amount(real(of.per_tick.p99), unit))),
+        unexplained,
+        verdict,
+    ];
+    Row { cells, verdict: of.verdict, reason: &of.reason }
+}
+
+fn pct_beside(amount: f64, pct: f64) -> String {
+    if amount > 0.0 { format!(" ({})", percent(pct)) } else { String::new() }
+}
+
+/// A domain's truths: cells, and the note if some source is off.
+pub(super) fn truth_rows(domain: &DomainReport) -> Vec<([String; 5], &str)> {
+    domain.truth.iter().map(truth_row).collect()
+}
+
+fn truth_row(truth: &TruthReport) -> ([String; 5], &str) {
+    let claim = |source: SourceKind| {
+        let Some(claim) = truth.claims.iter().find(|c| c.source == source.name()) else {
+            return "-".to_owned();
+        };
+        let off = match claim.difference_pct {
+            _ if claim.difference == 0.0 => "=".to_owned(),
+            Some(pct) => signed(percent(pct)),
+            None => signed(amount(claim.difference, truth.of)),
+        };
+        format!("{} ({off})", amount(claim.value, truth.of))
+    };
+    let cells = [
+        truth.quantity.clone(),
+        amount(truth.truth, truth.of),
+        claim(SourceKind::Ebpf),
+        claim(SourceKind::Procfs),
+        claim(SourceKind::Libvirt),
+    ];
+    let off = truth.claims.iter().any(|c| c.difference != 0.0);
+    (cells, if off { &truth.note } else { "" })
+}
+
+/// How many figures of a domain have one source only.
+pub(super) fn only_sources(domain: &DomainReport) -> usize {
+    let metrics = domain.entities.iter().flat_map(|e| &e.metrics);
+    metrics.filter(|m| m.answer.agreement == "only_source" && m.comparisons.is_empty()).count()
+}
+
+/// The hosts, one sentence each.
+pub(super) fn hosts(report: &Report) -> Vec<String> {
+    report
+        .hosts
+        .iter()
+        .map(|h| {
+            let sessions = if h.sessions > 1 { format!(", {} sessions", h.sessions) } else { String::new() };
+            format!(
+                "{}, Linux {}, {} CPUs: {} to {} ({}), a sample every {}{sessions}",
+                h.hostname,
+                h.kernel,
+                h.cpus,
+                second(&h.from),
+                second(&h.to),
+                time(real(h.duration_ns)),
+                time(real(h.interval_ns))
+            )
+        })
+        .collect()
+}
+
+/// A wall clock without parts of a second.
+fn second(ts: &str) -> String {
+    ts.get(..19).map_or_else(|| ts.to_owned(), |t| format!("{}Z", t.replace('T', " ")))
+}
+
+/// All verdicts in one sentence.
+pub(super) fn overall(report: &Report) -> String {
+    let s = &report.summary;
+    let place = s.largest_unexplained_in.as_ref().map_or(String::new(), |p| format!(" ({p})"));
+    let limit = match (s.limit_pct, s.exceeded) {
+        (Some(limit), true) => format!(" The limit of {limit} % is EXCEEDED."),
+        (Some(limit), false) => format!(" The limit of {limit} % is kept."),
+        (None, _) => String::new(),
+    };
+    format!(
+        "{} comparisons: {} agree, {} explained, {} disagree; {} could not be made. Largest unexplained difference: {}{place}.{limit}",
+        s.compared,
+        s.agree,
+        s.explained,
+        s.disagree,
+        s.not_comparable,
+        percent(s.largest_unexplained_pct)
+    )
+}
+
+/// What each source is good for.
+pub(super) fn sources(report: &Report) -> Vec<String> {
+    report
+        .sources
+        .iter()
+        .map(|s| {
+            let checked = s.agree + s.explained + s.disagree;
+            let checked = if checked == 0 {
+                String::new()
+            } else {
+                format!(
+                    " Held against a better source {checked} times: {} agree, {} explained, {} disagree.",
+                    s.agree, s.explained, s.disagree
+                )
+            };
+            format!("{}: {}.{checked}", s.source, s.recommendation)
+        })
+        .collect()
+}
+
+/// What was read, and what was wrong with it.
+pub(super) fn input(report: &Report) -> Vec<String> {
+    let input = &report.input;
+    let number = |n: u64| grouped(real(n));
+    let mut lines = vec![format!(
+        "{} lines, {} bytes, {} samples used; {}.",
+        number(input.lines),
+        number(input.bytes),
+        number(input.samples),
+        if input.problems.is_empty() { "nothing was wrong with them" } else { "what was noticed:" }
+    )];
+    for (kind, problem) in &input.problems {
+        let places: Vec<String> = problem.first_lines.iter().map(|l| number(*l)).collect();
+        let more = if problem.count > real_len(&problem.first_lines) { ", …" } else { "" };
+        let detail = match problem.detail.as_str() {
+            "" => String::new(),
+            detail => format!(" ({detail})"),
+        };
+        lines.push(format!(
+            "{} × {} - line {}{more}{detail}",
+            number(problem.count),
+            kind.meaning(),
+            places.join(", ")
+        ));
+    }
+    lines
+}
+
+fn real_len<T>(of: &[T]) -> u64 {
+    u64::try_from(of.len()).unwrap_or(u64::MAX)
+}
+
+/// What the measurement cost, and how exact it can be.
+pub(super) fn own(own: &OwnReport) -> Vec<String> {
+    let mut lines = Vec::new();
+    let number = |n: u64| grouped(real(n));
+    match (own.cpu_ns, own.wall_ns) {
+        (Some(cpu), Some(wall)) if wall > 0 => lines.push(format!(
+            "CPU of the monitor: {} in {}, {} of one CPU.",
+            time(real(cpu)),
+            time(real(wall)),
+            percent(real(cpu) / real(wall) * 100.0)
+        )),
+        (Some(cpu), _) => lines.push(format!("CPU of the monitor: {}.", time(real(cpu)))),
+        _ => lines.push("CPU of the monitor: not known, the stream has no health line.".to_owned()),
+    }
+    if let Some(rss) = own.rss_bytes {
+        lines.push(format!("Memory of the monitor: {} at most seen.", amount(real(rss), Unit::Bytes)));
+    }
+    let (runs, ns) = own.programs.iter().fold((0, 0), |(r, n), p| (r + p.runs, n + p.ns));
+    if runs > 0 {
+        lines.push(format!(
+            "Kernel programs: {} runs, {} in all, {} per event.",
+            number(runs),
+            time(real(ns)),
+            time(real(ns) / real(runs))
+        ));
+        lines.extend(own.programs.iter().filter(|p| p.runs > 0).map(|p| {
+            format!(
+                "  {}: {} runs, {}, {} each",
+                p.name,
+                number(p.runs),
+                time(real(p.ns)),
+                time(real(p.ns) / real(p.runs))
+            )
+        }));
+    } else {
+        lines.push(
+            "Kernel programs: their cost is not known; the kernel counts it while sysctl kernel.bpf_stats_enabled is 1."
+                .to_owned(),
+        );
+    }
+    for read in &own.reads {
+        let [p50, p99] = read.window_ns;
+        lines.push(format!(
+            "{}: {} reads, {} failed, {} not made; a read takes {} (p99 {}): values of one read are apart by up to that.",
+            read.source,
+            number(read.reads),
+            number(read.errors),
+            number(read.lost),
+            time(real(p50)),
+            time(real(p99))
+        ));
+    }
+    let missed = own.ticks.map_or(String::new(), |[made, missed]| {
+        format!("{} ticks, {} missed; ", number(made), number(missed))
+    });
+    let [p50, p99, most] = own.tick_error_ns;
+    lines.push(format!(
+        "Clock: {missed}ticks were off their time by {} (p99 {}, largest {}). All arithmetic uses the moments of reading, not the interval.",
+        time(real(p50)),
+        time(real(p99)),
+        time(real(most))
+    ));
+    if let Some(dropped) = own.records_dropped {
+        lines.push(format!("Lines dropped because the reader was too slow: {}.", number(dropped)));
+    }
+    let events: Vec<String> = own.events.iter().map(|(kind, n)| format!("{kind} {n}")).collect();
+    let events = if events.is_empty() { "none".to_owned() } else { events.join(", ") };
+    lines.push(format!("Events: {events}."));
+    lines
+}
