@@ -13,16 +13,10 @@
     reason = "a test may panic, and prints what it measured"
 )]
 
-use std::{
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-        mpsc,
-    },
-    thread::JoinHandle,
-    time::Duration,
-};
+#[path = "support/threads.rs"]
+mod threads;
+
+use std::{path::Path, sync::atomic::Ordering, time::Duration};
 
 use lab::{GuestSpec, Hog, Lab, LabDirs, Which};
 use monitor::{
@@ -31,9 +25,9 @@ use monitor::{
         ebpf::{Ebpf, Keep, Slot, ThreadTimes, probes::ProbeGroup},
         procfs::{SchedStat, ThreadReader},
     },
-    units::{MonotonicNs, Tgid, Tid, Window},
+    units::{Tgid, Tid, Window},
 };
-use rustix::thread::{CpuSet, sched_setaffinity};
+use threads::{Bully, PATIENCE, Spinner};
 
 /// The scheduler's clock is compared with `CLOCK_MONOTONIC` at each of our own switches; between the kernel's reading
 /// of it and ours lies the rest of that switch.
@@ -42,66 +36,9 @@ const CLOCK_ERROR_NS: u64 = 20_000;
 const TICK_NS: u64 = 10_000_000;
 /// The CPU that the loads run on.
 const CPU: usize = 1;
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A thread pinned to [`CPU`] that spins, and reads its own CPU clock when asked.
-struct Spinner {
-    tid: Tid,
-    ask: Arc<AtomicBool>,
-    answers: mpsc::Receiver<(u64, u64)>,
-    stop: Arc<AtomicBool>,
-    turns: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Spinner {
-    fn start() -> Self {
-        let (ask, stop, turns) = (<Arc<AtomicBool>>::default(), <Arc<AtomicBool>>::default(), Arc::default());
-        let (answer, answers) = mpsc::channel();
-        let (hello, tids) = mpsc::channel();
-        let (asked, stopped, turned) = (Arc::clone(&ask), Arc::clone(&stop), Arc::<AtomicU64>::clone(&turns));
-        let thread = std::thread::spawn(move || {
-            pin();
-            hello.send(own_tid()).unwrap();
-            while !stopped.load(Ordering::Relaxed) {
-                turned.fetch_add(1, Ordering::Relaxed);
-                if asked.swap(false, Ordering::Acquire) {
-                    let own = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-                    let own = monitor::units::nanoseconds(own.tv_sec, own.tv_nsec);
-                    answer.send((own, MonotonicNs::now().0)).unwrap();
-                }
-            }
-        });
-        Self { tid: tids.recv().unwrap(), ask, answers, stop, turns, thread: Some(thread) }
-    }
-
-    /// Its CPU time by its own clock, and `CLOCK_MONOTONIC` just after.
-    fn own_time(&self) -> (u64, MonotonicNs) {
-        self.ask.store(true, Ordering::Release);
-        let (own, at) = self.answers.recv_timeout(PATIENCE).unwrap();
-        (own, MonotonicNs(at))
-    }
-}
-
-impl Drop for Spinner {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap();
-    }
-}
-
-fn own_tid() -> Tid {
-    Tid(u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap())
-}
-
-fn pin() {
-    let mut cpus = CpuSet::new();
-    cpus.set(CPU);
-    sched_setaffinity(None, &cpus).unwrap();
-}
 
 fn follow(ebpf: &mut Ebpf, tid: Tid) -> Slot {
-    let slot = ebpf.follow(tid, Keep::TimesAndHistograms).unwrap();
+    let slot = ebpf.follow(tid, Keep::TimesAndHistograms, None).unwrap();
     ebpf.seed().unwrap();
     slot
 }
@@ -124,7 +61,7 @@ fn read(ebpf: &mut Ebpf, slot: &Slot) -> (Window, ThreadTimes) {
 #[test]
 fn a_run_in_progress_is_counted_to_the_microsecond() {
     let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
-    let spinner = Spinner::start();
+    let spinner = Spinner::start(CPU);
     let slot = follow(&mut ebpf, spinner.tid);
     let (mut worst, mut without, mut ahead) = (0, 0, 0);
     for _ in 0..200 {
@@ -152,11 +89,11 @@ fn a_run_in_progress_is_counted_to_the_microsecond() {
 #[test]
 fn a_wait_in_progress_is_counted_to_the_microsecond() {
     let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
-    let victim = Spinner::start();
+    let victim = Spinner::start(CPU);
     let slot = follow(&mut ebpf, victim.tid);
     let file = schedstat(victim.tid);
     let proven = (0..20).filter(|_| {
-        let bully = Bully::start();
+        let bully = Bully::start(CPU);
         let turns = victim.turns.load(Ordering::Relaxed);
         let before = file.read(&mut [0; 256]).unwrap();
         let (first, a) = read(&mut ebpf, &slot);
@@ -182,41 +119,6 @@ fn a_wait_in_progress_is_counted_to_the_microsecond() {
     let proven = proven.count();
     println!("wait in progress: {proven} of 20 waits of 50 ms measured within {CLOCK_ERROR_NS} ns");
     assert!(proven >= 5, "the thread was hardly ever kept waiting: nothing was tested");
-}
-
-/// A real-time thread that spins on [`CPU`] until dropped.
-struct Bully {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Bully {
-    /// Returns when it runs.
-    fn start() -> Self {
-        let stop = <Arc<AtomicBool>>::default();
-        let stopped = Arc::clone(&stop);
-        let (ready, running) = mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            pin();
-            let parameters = libc::sched_param { sched_priority: 10 };
-            // SAFETY: plain system call on this thread with a valid parameter block.
-            let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) };
-            assert_eq!(result, 0, "no real-time priority: {}", std::io::Error::last_os_error());
-            ready.send(()).unwrap();
-            while !stopped.load(Ordering::Relaxed) {
-                std::hint::spin_loop();
-            }
-        });
-        running.recv_timeout(PATIENCE).unwrap();
-        Self { stop, thread: Some(thread) }
-    }
-}
-
-impl Drop for Bully {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap();
-    }
 }
 
 fn schedstat(tid: Tid) -> ThreadReader {

@@ -238,6 +238,7 @@ fn detail(ticks: u64) -> VcpuDetail {
             vec![
                 culprit("web\u{9b}-2", CulpritKind::Vm, Some(4800), 17_000),
                 culprit("vhost-4800", CulpritKind::Vhost, Some(4801), 2_000),
+                culprit("irq", CulpritKind::Irq, None, 900),
                 culprit("idle", CulpritKind::Idle, None, 500),
             ]
         }),

@@ -9,8 +9,8 @@
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, helpers::bpf_get_smp_processor_id, macros::map, maps::Array};
 use monitor_ebpf::{
-    Armed, CPUS, CULPRITS, ChargeTables, Charges, HISTOGRAMS, History, KIND_IDLE, KIND_KERNEL, KIND_PROCESS,
-    STINTS, Stint,
+    Armed, CPUS, CULPRITS, ChargeTables, Charges, HISTOGRAMS, History, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
+    KIND_PROCESS, STINTS, Stint,
 };
 
 use crate::kernel::{Address, LAYOUT, load, offset, probe, run_queue};
@@ -85,16 +85,39 @@ unsafe fn stint(prev: Address, end_ns: u64) -> Stint {
     // SAFETY: by the caller.
     unsafe {
         let tid = load(prev, offset(&LAYOUT.task_pid));
+        let begin_ns = if tid == 0 { 0 } else { load(prev, offset(&LAYOUT.task_last_arrival)) };
         Stint {
-            begin_ns: if tid == 0 { 0 } else { load(prev, offset(&LAYOUT.task_last_arrival)) },
+            begin_ns,
             end_ns,
             task: prev as u64,
             tid,
             tgid: load(prev, offset(&LAYOUT.task_tgid)),
             flags: load(prev, offset(&LAYOUT.task_flags)),
             reserved: 0,
+            irq_ns: if tid == 0 { 0 } else { left_out(prev, end_ns.saturating_sub(begin_ns)) },
         }
     }
+}
+
+/// Priorities of the fair class begin here (`MAX_RT_PRIO`).
+const FAIR: u32 = 100;
+
+/// What the task clock leaves out of the `ns` that `prev` was on the CPU: interrupts and steal. Known for the fair class
+/// only.
+///
+/// # Safety
+/// `prev` must be an argument of a BTF tracepoint.
+#[inline(always)]
+unsafe fn left_out(prev: Address, ns: u64) -> u64 {
+    // SAFETY: by the caller.
+    let (prio, now, then): (u32, u64, u64) = unsafe {
+        (
+            load(prev, offset(&LAYOUT.task_prio)),
+            load(prev, offset(&LAYOUT.task_sum_exec_runtime)),
+            load(prev, offset(&LAYOUT.task_prev_sum_exec_runtime)),
+        )
+    };
+    if prio < FAIR { 0 } else { ns.saturating_sub(now.wrapping_sub(then)) }
 }
 
 /// Charges the wait of the thread that gets this CPU now: it was queued at `queued`, `prev` leaves.
@@ -142,10 +165,12 @@ fn charge_history(charges: &mut Charges, queued: u64, mut until: u64) {
     charges.unknown_ns += unknown + until.saturating_sub(queued);
 }
 
-/// Adds time to who had the stint. The name is read through `bpf_probe_read_kernel`: a task of the history may be
-/// gone, and then has none.
+/// Adds the `ns` of a stint that somebody waited for to who had it, and to interrupts what they took of it, evenly spread.
 #[inline(never)]
 fn add(charges: &mut Charges, stint: &Stint, ns: u64) {
+    let length = stint.end_ns.wrapping_sub(stint.begin_ns);
+    let irq = if stint.irq_ns == 0 || ns >= length { stint.irq_ns } else { stint.irq_ns * ns / length };
+    let irq = if irq < ns { irq } else { ns };
     let (kind, id) = if stint.tid == 0 {
         (KIND_IDLE, 0)
     } else if stint.flags & PF_KTHREAD != 0 {
@@ -153,12 +178,21 @@ fn add(charges: &mut Charges, stint: &Stint, ns: u64) {
     } else {
         (KIND_PROCESS, stint.tgid)
     };
+    add_to(charges, Some(stint), (kind, id), ns - irq);
+    if irq > 0 {
+        add_to(charges, None, (KIND_IRQ, 0), irq);
+    }
+}
+
+/// The name is read through `bpf_probe_read_kernel`: a task of the history may be gone, and then has none.
+#[inline(always)]
+fn add_to(charges: &mut Charges, stint: Option<&Stint>, (kind, id): (u32, u32), ns: u64) {
     for i in 0..CULPRITS {
         let culprit = &mut charges.culprits[i];
         if culprit.ns == 0 {
             culprit.id = id;
             culprit.kind = kind;
-            culprit.comm = comm(stint);
+            culprit.comm = stint.map_or([0; 16], comm);
         } else if culprit.id != id || culprit.kind != kind {
             continue;
         }

@@ -66,7 +66,7 @@ pub struct Thread {
     pub tid: u32,
     /// Odd while a switch changes what follows, and different after it.
     pub sequence: u32,
-    /// [`STATE_UNKNOWN`], [`STATE_ON_CPU`], [`STATE_SLEEPING`] or [`STATE_PREEMPTED`], as of the last switch.
+    /// One of the `STATE_…` numbers, as of the last switch.
     pub state: u32,
     /// Place of its histograms and charges, plus 1; 0 = none are kept; or [`CLOCK_THREAD`].
     pub histograms: u32,
@@ -85,11 +85,18 @@ pub struct Thread {
     /// Switches to after such a switch away: the wakeups that led to a run.
     pub wakeups: u32,
     /// CPU of the last switch to, plus 1; 0 = none yet.
-    pub last_cpu: u32,
+    pub last_cpu: u16,
+    /// Place of its group of siblings, plus 1; 0 = none.
+    pub group: u16,
     /// Switches to on another CPU than the last.
     pub migrations: u32,
-    /// Nothing.
-    pub reserved: u32,
+    /// Those of them that led to another NUMA node.
+    pub node_migrations: u32,
+    /// Part of the finished waits in which a CFS quota kept it from running, nanoseconds.
+    pub throttled_ns: u64,
+    /// While its state is [`STATE_THROTTLED`]: how long its `cfs_rq` had been throttled altogether when it began,
+    /// nanoseconds.
+    pub throttled_before_ns: u64,
     /// Address of the `task_struct`, 0 until the thread was seen. Only ever read through
     /// `bpf_probe_read_kernel`, and believed only while the id found there is `tid`.
     pub task: u64,
@@ -112,8 +119,11 @@ impl Thread {
         yields: 0,
         wakeups: 0,
         last_cpu: 0,
+        group: 0,
         migrations: 0,
-        reserved: 0,
+        node_migrations: 0,
+        throttled_ns: 0,
+        throttled_before_ns: 0,
         task: 0,
         start_boottime_ns: 0,
     };
@@ -131,6 +141,54 @@ pub const STATE_ON_CPU: u32 = 1;
 pub const STATE_SLEEPING: u32 = 2;
 /// Left its CPU at its last switch, but could have run on.
 pub const STATE_PREEMPTED: u32 = 3;
+/// Left its CPU at its last switch because the CFS quota of its cgroup was used up.
+pub const STATE_THROTTLED: u32 = 4;
+
+/// Groups of siblings that can be kept at once.
+pub const GROUPS: u32 = 2_048;
+
+/// Threads that are siblings, the vCPUs of one domain: how many run and wait, and how long some did both.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// How many run in the lower half, how many wait in the upper: changed by atomic additions.
+    pub members: u64,
+    /// Time in which at least one waited while another ran, nanoseconds by the scheduler clock; while that is so now, minus
+    /// the clock at its begin.
+    pub both_ns: u64,
+    /// Scheduler clock at the last change of `members`.
+    pub changed_ns: u64,
+}
+
+impl Group {
+    /// Nobody.
+    pub const ZERO: Self = Self { members: 0, both_ns: 0, changed_ns: 0 };
+    /// One that runs, in [`Group::members`].
+    pub const RUNS: u64 = 1;
+    /// One that waits.
+    pub const WAITS: u64 = 1 << 32;
+
+    /// What a thread adds to [`Group::members`] in a state.
+    #[must_use]
+    #[inline(always)]
+    pub const fn share(state: u32) -> u64 {
+        match state {
+            STATE_ON_CPU => Self::RUNS,
+            STATE_PREEMPTED | STATE_THROTTLED => Self::WAITS,
+            _ => 0,
+        }
+    }
+
+    /// Whether one waits while another runs.
+    #[must_use]
+    #[inline(always)]
+    pub const fn both(members: u64) -> bool {
+        members >> 32 != 0 && members & 0xffff_ffff != 0
+    }
+}
+
+/// NUMA node of each CPU, for the first [`CPUS`].
+pub type Nodes = [u8; CPUS as usize];
 
 /// One thread as `read_threads` found it, the interval in progress included.
 #[repr(C)]
@@ -164,10 +222,12 @@ pub struct Reading {
     pub wakeups: u32,
     /// As in [`Thread`].
     pub migrations: u32,
+    /// As in [`Thread`].
+    pub node_migrations: u32,
     /// What it does at this moment: [`NOW_RUNNING`], [`NOW_WAITING`] or [`NOW_SLEEPING`].
     pub doing: u32,
-    /// Nothing; there is no padding.
-    pub reserved: u32,
+    /// As in [`Thread`], a wait in progress included.
+    pub throttled_ns: u64,
 }
 
 impl Reading {
@@ -187,8 +247,9 @@ impl Reading {
         yields: 0,
         wakeups: 0,
         migrations: 0,
+        node_migrations: 0,
         doing: 0,
-        reserved: 0,
+        throttled_ns: 0,
     };
 }
 
@@ -298,9 +359,9 @@ pub const CULPRITS: usize = 16;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Culprit {
-    /// Process id, or thread id of a kernel thread; 0 for [`KIND_IDLE`].
+    /// Process id, or thread id of a kernel thread; 0 for [`KIND_IDLE`] and [`KIND_IRQ`].
     pub id: u32,
-    /// [`KIND_PROCESS`], [`KIND_KERNEL`] or [`KIND_IDLE`].
+    /// [`KIND_PROCESS`], [`KIND_KERNEL`], [`KIND_IDLE`] or [`KIND_IRQ`].
     pub kind: u32,
     /// Time charged, nanoseconds by the scheduler clock; 0 = this entry is free.
     pub ns: u64,
@@ -314,6 +375,8 @@ pub const KIND_PROCESS: u32 = 1;
 pub const KIND_KERNEL: u32 = 2;
 /// Nobody: the CPU was idle and had to wake up.
 pub const KIND_IDLE: u32 = 3;
+/// Interrupts, or a hypervisor below this host: what the task clock left out of a thread's time on the CPU.
+pub const KIND_IRQ: u32 = 4;
 
 /// Finished waits of one thread, charged to who had the CPU.
 #[repr(C)]
@@ -377,6 +440,8 @@ pub struct Stint {
     pub flags: u32,
     /// Nothing; there is no padding.
     pub reserved: u32,
+    /// Part of it that the task clock left out, nanoseconds.
+    pub irq_ns: u64,
 }
 
 /// CPUs whose history is being written: one byte each, not 0 while a followed thread waited there lately. A program sets it
@@ -463,6 +528,18 @@ pub struct Layout {
     pub task_flags: u32,
     /// `task_struct.comm`.
     pub task_comm: u32,
+    /// `task_struct.prio`: 100 and more for threads of the fair class.
+    pub task_prio: u32,
+    /// `task_struct.se.prev_sum_exec_runtime`: the run time when the fair class gave it the CPU.
+    pub task_prev_sum_exec_runtime: u32,
+    /// `task_struct.throttled` (Linux 6.18), [`NO_FIELD`] before.
+    pub task_throttled: u32,
+    /// `cfs_rq.throttle_count`, [`NO_FIELD`] without CFS quotas.
+    pub cfs_rq_throttle_count: u32,
+    /// `cfs_rq.throttled_clock_self` (Linux 6.6), [`NO_FIELD`] before.
+    pub cfs_rq_throttled_clock_self: u32,
+    /// `cfs_rq.throttled_clock_self_time`, likewise.
+    pub cfs_rq_throttled_clock_self_time: u32,
     /// `task_struct.signal`.
     pub task_signal: u32,
     /// `task_struct.exit_state`.
@@ -487,6 +564,9 @@ pub struct Layout {
     pub rq_clock_task: u32,
 }
 
+/// This kernel has no such field.
+pub const NO_FIELD: u32 = u32::MAX;
+
 impl Layout {
     /// Before the offsets are known.
     pub const ZERO: Self = Self {
@@ -502,6 +582,12 @@ impl Layout {
         task_tgid: 0,
         task_flags: 0,
         task_comm: 0,
+        task_prio: 0,
+        task_prev_sum_exec_runtime: 0,
+        task_throttled: NO_FIELD,
+        cfs_rq_throttle_count: NO_FIELD,
+        cfs_rq_throttled_clock_self: NO_FIELD,
+        cfs_rq_throttled_clock_self_time: NO_FIELD,
         task_signal: 0,
         task_exit_state: 0,
         task_thread_node: 0,
@@ -517,11 +603,11 @@ impl Layout {
 }
 
 const _: () = assert!(size_of::<Thread>() == 128 && core::mem::offset_of!(Thread, migrations) == 64);
-const _: () = assert!(size_of::<Reading>() == 96);
+const _: () = assert!(size_of::<Reading>() == 104);
 const _: () = assert!(size_of::<Clock>() == 40);
 const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1064);
-const _: () = assert!(size_of::<History>() == 8 + 40 * STINTS);
-const _: () = assert!(size_of::<Layout>() == 92);
+const _: () = assert!(size_of::<History>() == 8 + 48 * STINTS);
+const _: () = assert!(size_of::<Layout>() == 116);
 const _: () = assert!(THREADS as usize * 4 == TABLE_ENTRIES && THREADS.is_multiple_of(READ_BATCH));
 
 #[cfg(test)]

@@ -4,7 +4,10 @@
 //! adds up the threads when user space asks. Only their ends are counted as they happen: what the kernel itself keeps of
 //! them (`signal->sum_sched_runtime`) lacks the time since the last update of each, which may be all a short thread had.
 
-use core::ffi::c_void;
+use core::{
+    ffi::c_void,
+    intrinsics::{AtomicOrdering, atomic_xadd},
+};
 
 use aya_ebpf::{
     EbpfContext,
@@ -126,13 +129,18 @@ fn tell(tgid: u32, kind: u32) -> bool {
     CHANGES.output::<Change>(Change { tgid, kind }, 0).is_ok()
 }
 
-/// `*place += ns` in one step: threads of a process end on several CPUs at once.
+/// `*place += ns` in one step, whatever other CPUs do at the same time.
 #[inline(always)]
 pub(crate) fn add(place: &mut u64, ns: u64) {
     // SAFETY: a reference is writable and aligned.
-    unsafe {
-        core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::Relaxed }>(place, ns)
-    };
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(place, ns) };
+}
+
+/// As [`add`]; returns what was there before. Of a relaxed addition the compiler forgets that the result is used.
+#[inline(always)]
+pub(crate) fn fetch_add(place: &mut u64, value: u64) -> u64 {
+    // SAFETY: a reference is writable and aligned.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::AcqRel }>(place, value) }
 }
 
 /// Not attached to anything: user space runs it with the number of a process's slot as its argument.

@@ -14,16 +14,16 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, RawTracePointContext},
 };
 use monitor_ebpf::{
-    CLOCK_THREAD, COMPARISONS, Clock, FILTER_BITS, Filter, HISTOGRAMS, Histogram, Histograms, NOW_RUNNING,
-    NOW_SLEEPING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, READ_NOTHING, READ_TORN, Reading,
-    STATE_ON_CPU, STATE_PREEMPTED, STATE_SLEEPING, STATE_UNKNOWN, TABLE_ENTRIES, TABLE_PROBES, THREADS,
-    Table, Thread, bucket, table_slot, table_start,
+    CLOCK_THREAD, COMPARISONS, CPUS, Clock, FILTER_BITS, Filter, GROUPS, Group, HISTOGRAMS, Histogram,
+    Histograms, NO_FIELD, NOW_RUNNING, NOW_SLEEPING, NOW_WAITING, Nodes, READ_BATCH, READ_LAST, READ_LIVE,
+    READ_NOTHING, READ_TORN, Reading, STATE_ON_CPU, STATE_PREEMPTED, STATE_SLEEPING, STATE_THROTTLED,
+    STATE_UNKNOWN, TABLE_ENTRIES, TABLE_PROBES, THREADS, Table, Thread, bucket, table_slot, table_start,
 };
 
 use crate::{
     culprit::{arm, charge, remember},
     kernel::{Address, LAYOUT, load, offset, probe, run_queue},
-    process::{note_process, thread_ended},
+    process::{add, fetch_add, note_process, thread_ended},
 };
 
 #[map(name = "FILTER")]
@@ -36,8 +36,14 @@ static THREAD_SLOTS: Array<Thread> = Array::with_max_entries(THREADS, BPF_F_MMAP
 static READINGS: Array<Reading> = Array::with_max_entries(THREADS, BPF_F_MMAPABLE);
 #[map(name = "HISTOGRAMS")]
 static HISTOGRAM_SETS: Array<Histograms> = Array::with_max_entries(HISTOGRAMS, BPF_F_MMAPABLE);
+#[map(name = "GROUPS")]
+static SIBLINGS: Array<Group> = Array::with_max_entries(GROUPS, BPF_F_MMAPABLE);
 #[map(name = "CLOCK")]
 static CLOCK: Array<Clock> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Filled in before the load.
+#[unsafe(no_mangle)]
+static NODES: Nodes = [0; CPUS as usize];
 
 /// `trace_sched_switch(bool preempt, struct task_struct *prev, struct task_struct *next, unsigned int
 /// prev_state)`, on the CPU that switches, with the run queue locked.
@@ -60,7 +66,18 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     {
         // As the kernel decides between `nivcsw` and `nvcsw` in `__schedule()`.
         let preempted = ctx.arg::<u32>(0) & 1 != 0 || ctx.arg::<u32>(3) == 0;
-        leave(thread, prev, clock(prev), preempted);
+        let now = clock(prev);
+        let state = match preempted {
+            // SAFETY: `prev` is an argument of a BTF tracepoint.
+            true if unsafe { is_throttled(prev) } => STATE_THROTTLED,
+            true => STATE_PREEMPTED,
+            false => STATE_SLEEPING,
+        };
+        if state == STATE_THROTTLED {
+            let before = throttled_time(prev as u64, now).unwrap_or(0);
+            set(&mut thread.throttled_before_ns, before);
+        }
+        leave(thread, prev, now, state);
         if preempted {
             arm();
         }
@@ -75,7 +92,7 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
             // SAFETY: `prev` is an argument of a BTF tracepoint.
             unsafe { charge(place, prev, queued, now) };
         }
-        enter(thread, next, now);
+        enter(thread, next, queued, now);
     }
     if ctx.arg::<u32>(3) & TASK_DEAD != 0 {
         thread_ended(prev as u64);
@@ -97,7 +114,7 @@ fn clock(prev: Address) -> u64 {
 }
 
 #[inline(always)]
-fn leave(thread: &mut Thread, task: Address, now: u64, preempted: bool) {
+fn leave(thread: &mut Thread, task: Address, now: u64, state: u32) {
     // SAFETY: `task` is an argument of a BTF tracepoint.
     let (run, wait): (u64, u64) = unsafe {
         (load(task, offset(&LAYOUT.task_sum_exec_runtime)), load(task, offset(&LAYOUT.task_run_delay)))
@@ -123,43 +140,150 @@ fn leave(thread: &mut Thread, task: Address, now: u64, preempted: bool) {
     set(&mut thread.run_ns, run);
     set(&mut thread.wait_ns, wait);
     set(&mut thread.since_ns, now);
-    if preempted {
-        set(&mut thread.state, STATE_PREEMPTED);
-        let preemptions = thread.preemptions.wrapping_add(1);
-        set(&mut thread.preemptions, preemptions);
-    } else {
-        set(&mut thread.state, STATE_SLEEPING);
+    let was = thread.state;
+    set(&mut thread.state, state);
+    if state == STATE_SLEEPING {
         let yields = thread.yields.wrapping_add(1);
         set(&mut thread.yields, yields);
+    } else {
+        let preemptions = thread.preemptions.wrapping_add(1);
+        set(&mut thread.preemptions, preemptions);
     }
     end(thread, sequence);
+    if let Some(group) = group(thread) {
+        change(group, was, state, now);
+    }
+    if thread.histograms == CLOCK_THREAD {
+        compare_clocks(now);
+    }
+}
+
+/// `queued` is the scheduler clock when it began to wait.
+#[inline(always)]
+fn enter(thread: &mut Thread, task: Address, queued: u64, now: u64) {
+    // SAFETY: plain helper call.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    let was = thread.state;
+    let sequence = begin(thread);
+    note_identity(thread, task);
+    if was == STATE_SLEEPING {
+        let wakeups = thread.wakeups.wrapping_add(1);
+        set(&mut thread.wakeups, wakeups);
+    } else if was == STATE_THROTTLED {
+        let throttled = thread.throttled_ns.wrapping_add(throttled_part(thread, task as u64, cpu, now));
+        set(&mut thread.throttled_ns, throttled);
+    }
+    set(&mut thread.state, STATE_ON_CPU);
+    set(&mut thread.since_ns, now);
+    if u32::from(thread.last_cpu) != cpu + 1 {
+        if let Some(last) = thread.last_cpu.checked_sub(1) {
+            migrated(thread, u32::from(last), cpu);
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "the kernel has at most 8192 CPUs")]
+        set(&mut thread.last_cpu, cpu as u16 + 1);
+    }
+    end(thread, sequence);
+    if let Some(group) = group(thread) {
+        if was == STATE_SLEEPING && queued != 0 {
+            waited(group, queued, now);
+        }
+        change(group, was, STATE_ON_CPU, now);
+    }
     if thread.histograms == CLOCK_THREAD {
         compare_clocks(now);
     }
 }
 
 #[inline(always)]
-fn enter(thread: &mut Thread, task: Address, now: u64) {
-    // SAFETY: plain helper call.
-    let cpu = unsafe { bpf_get_smp_processor_id() } + 1;
-    let sequence = begin(thread);
-    note_identity(thread, task);
-    if thread.state == STATE_SLEEPING {
-        let wakeups = thread.wakeups.wrapping_add(1);
-        set(&mut thread.wakeups, wakeups);
+fn migrated(thread: &mut Thread, from: u32, to: u32) {
+    let migrations = thread.migrations.wrapping_add(1);
+    set(&mut thread.migrations, migrations);
+    if let (Some(from), Some(to)) = (NODES.get(from as usize), NODES.get(to as usize))
+        && get(from) != get(to)
+    {
+        let migrations = thread.node_migrations.wrapping_add(1);
+        set(&mut thread.node_migrations, migrations);
     }
-    set(&mut thread.state, STATE_ON_CPU);
-    set(&mut thread.since_ns, now);
-    if thread.last_cpu != cpu {
-        if thread.last_cpu != 0 {
-            let migrations = thread.migrations.wrapping_add(1);
-            set(&mut thread.migrations, migrations);
+}
+
+#[inline(always)]
+fn group(thread: &Thread) -> Option<&'static mut Group> {
+    let place = u32::from(thread.group).checked_sub(1)?;
+    // SAFETY: a valid map value; its fields are changed by volatile stores or atomic additions.
+    unsafe { SIBLINGS.get_ptr_mut(place)?.as_mut() }
+}
+
+/// A member of the group goes from one state to another.
+#[inline(always)]
+fn change(group: &mut Group, was: u32, is: u32, now: u64) {
+    let step = Group::share(is).wrapping_sub(Group::share(was));
+    let before = fetch_add(&mut group.members, step);
+    match (Group::both(before), Group::both(before.wrapping_add(step))) {
+        (false, true) => add(&mut group.both_ns, now.wrapping_neg()),
+        (true, false) => add(&mut group.both_ns, now),
+        _ => {}
+    }
+    set(&mut group.changed_ns, now);
+}
+
+/// A member that nobody knew to wait has waited from `queued` until now: wakeups are not followed. While another waits its
+/// time is counted already. Of the time before the last change of the group nothing is known.
+#[inline(always)]
+fn waited(group: &mut Group, queued: u64, now: u64) {
+    let members = get(&group.members);
+    let changed = get(&group.changed_ns);
+    let since = if changed > queued { changed } else { queued };
+    if members != 0 && members < Group::WAITS && since < now {
+        add(&mut group.both_ns, now - since);
+    }
+}
+
+/// Whether a thread that could run on leaves its CPU for a CFS quota that is used up.
+///
+/// # Safety
+/// `task` must be a pointer that the verifier trusts.
+#[inline(always)]
+unsafe fn is_throttled(task: Address) -> bool {
+    let (of_task, of_queue) = (offset(&LAYOUT.task_throttled), offset(&LAYOUT.cfs_rq_throttle_count));
+    // SAFETY: by the caller; the second pointer was loaded through the first.
+    unsafe {
+        if of_task != NO_FIELD {
+            load::<u8>(task, of_task) != 0
+        } else if of_queue != NO_FIELD {
+            let cfs_rq: Address = load(task, offset(&LAYOUT.task_cfs_rq));
+            load::<i32>(cfs_rq, of_queue) > 0
+        } else {
+            false
         }
-        set(&mut thread.last_cpu, cpu);
     }
-    end(thread, sequence);
-    if thread.histograms == CLOCK_THREAD {
-        compare_clocks(now);
+}
+
+/// How long the queue of a thread has been throttled altogether, nanoseconds; `None` if the kernel keeps no such figure.
+#[inline(always)]
+fn throttled_time(task: u64, now: u64) -> Option<u64> {
+    let (clock, time) =
+        (offset(&LAYOUT.cfs_rq_throttled_clock_self), offset(&LAYOUT.cfs_rq_throttled_clock_self_time));
+    if clock == NO_FIELD || time == NO_FIELD {
+        return None;
+    }
+    let cfs_rq: u64 = probe(task, offset(&LAYOUT.task_cfs_rq))?;
+    let (since, before): (u64, u64) = (probe(cfs_rq, clock)?, probe(cfs_rq, time)?);
+    Some(before + if since == 0 { 0 } else { now.saturating_sub(since) })
+}
+
+/// The part of a wait that began with the quota used up in which it still was: all of it where the kernel does not say, or
+/// says it of another CPU's queue.
+#[inline(always)]
+fn throttled_part(thread: &Thread, task: u64, cpu: u32, now: u64) -> u64 {
+    let wait = now.saturating_sub(get(&thread.since_ns));
+    if u32::from(get(&thread.last_cpu)) != cpu + 1 {
+        return wait;
+    }
+    match throttled_time(task, now) {
+        Some(time) if time.saturating_sub(get(&thread.throttled_before_ns)) < wait => {
+            time.saturating_sub(get(&thread.throttled_before_ns))
+        }
+        _ => wait,
     }
 }
 
@@ -340,6 +464,8 @@ fn read_once(thread: &Thread, reading: &mut Reading, sched: u64) -> u32 {
     reading.yields = get(&thread.yields);
     reading.wakeups = get(&thread.wakeups);
     reading.migrations = get(&thread.migrations);
+    reading.node_migrations = get(&thread.node_migrations);
+    reading.throttled_ns = get(&thread.throttled_ns);
     reading.on_cpu_ns = get(&thread.on_cpu_ns);
     reading.open_run_ns = 0;
     reading.open_wait_ns = 0;
@@ -376,6 +502,10 @@ fn read_live(thread: &Thread, reading: &mut Reading, now: u64) -> Option<()> {
         // sched_info_enqueue() stamps last_queued, sched_info_arrive() adds to run_delay and clears it.
         reading.doing = NOW_WAITING;
         reading.open_wait_ns = now.saturating_sub(queued);
+        if get(&thread.state) == STATE_THROTTLED {
+            let cpu = u32::from(get(&thread.last_cpu)).wrapping_sub(1);
+            reading.throttled_ns = reading.throttled_ns.wrapping_add(throttled_part(thread, task, cpu, now));
+        }
     }
     reading.run_ns = run + reading.open_run_ns;
     reading.wait_ns = wait + reading.open_wait_ns;

@@ -134,6 +134,37 @@ pub fn numa_nodes() -> Option<usize> {
     Some(nodes.count()).filter(|n| *n > 0)
 }
 
+/// NUMA node of each CPU, as far as the kernel programs keep them; node 0 where sysfs does not tell.
+#[must_use]
+pub fn nodes_of_cpus() -> monitor_ebpf::Nodes {
+    let mut nodes = [0; monitor_ebpf::CPUS as usize];
+    let Ok(entries) = std::fs::read_dir("/sys/devices/system/node") else { return nodes };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(node) = name.to_str().and_then(|name| name.strip_prefix("node")?.parse().ok()) else {
+            continue;
+        };
+        let cpus = std::fs::read_to_string(entry.path().join("cpulist")).unwrap_or_default();
+        for cpu in cpu_list(&cpus) {
+            if let Some(of) = nodes.get_mut(cpu) {
+                *of = node;
+            }
+        }
+    }
+    nodes
+}
+
+/// The CPUs of a list as `0-3,8,10-11`.
+fn cpu_list(text: &str) -> impl Iterator<Item = usize> {
+    text.trim().split(',').flat_map(|part| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        match (first.parse::<usize>(), last.parse::<usize>()) {
+            (Ok(first), Ok(last)) => first..last.saturating_add(1),
+            _ => 0..0,
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,6 +201,12 @@ mod tests {
         assert_eq!(ebpf_rule(&Facts { capabilities: Some(1 << CAP_SYS_ADMIN), ..good() }), Ok(()));
         let unknown = Facts { capabilities: None, kernel: None, initial_pid_namespace: None, ..good() };
         assert_eq!(ebpf_rule(&unknown), Ok(()));
+    }
+
+    #[test]
+    fn lists_of_cpus() {
+        assert_eq!(cpu_list("0-2,8,10-11\n").collect::<Vec<_>>(), [0, 1, 2, 8, 10, 11]);
+        assert_eq!(cpu_list("\n").count(), 0);
     }
 
     #[test]

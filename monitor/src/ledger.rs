@@ -29,6 +29,8 @@ pub struct Counts {
     pub wakeups: u64,
     /// Got another CPU than before.
     pub migrations: u64,
+    /// Got one of another NUMA node.
+    pub node_migrations: u64,
 }
 
 /// The ledger.
@@ -50,20 +52,22 @@ impl Ledger {
         let backwards = irq_ns < before.0
             || sleep_ns < before.1
             || now.run_ns < last.run_ns
-            || now.wait_ns < last.wait_ns;
+            || now.wait_ns < last.wait_ns
+            || now.throttled_ns < last.throttled_ns;
         if backwards {
             return None;
         }
         let base = if self.last.is_some() {
             last
         } else {
-            ThreadTimes { preemptions: 0, yields: 0, wakeups: 0, migrations: 0, ..now }
+            ThreadTimes { preemptions: 0, yields: 0, wakeups: 0, migrations: 0, node_migrations: 0, ..now }
         };
         let grown = |now: u32, last: u32| u64::from(now.wrapping_sub(last));
         self.counts.preemptions += grown(now.preemptions, base.preemptions);
         self.counts.yields += grown(now.yields, base.yields);
         self.counts.wakeups += grown(now.wakeups, base.wakeups);
         self.counts.migrations += grown(now.migrations, base.migrations);
+        self.counts.node_migrations += grown(now.node_migrations, base.node_migrations);
         self.last = Some(now);
         Some(Parts { irq_ns, sleep_ns, counts: self.counts })
     }
@@ -109,6 +113,8 @@ mod tests {
             yields: u32::MAX,
             wakeups: 0,
             migrations: 0,
+            node_migrations: 0,
+            throttled_ns: 0,
             doing: Doing::Running,
             last: false,
         }

@@ -145,6 +145,8 @@ metrics! {
         "CPU time of threads that carry out requests for others: QEMU's thread pool and io_uring's workers.";
     CpuVhostRun: Cpu, "vhost_run_ns", Nanoseconds, Counter, [Ebpf, Procfs], Rare,
         "CPU time of the domain's vhost threads: threads of the QEMU process since Linux 6.4, kernel threads before.";
+    CpuCostop: Cpu, "costop_ns", Nanoseconds, Counter, [Ebpf], Slow,
+        "Time in which at least one vCPU waited for a CPU while another vCPU of the domain ran. Of a wait that follows a wakeup, the time since the last vCPU of the domain came or went counts.";
     CpuVcpusOnline: Cpu, "vcpus_online", Count, Gauge, [Libvirt, Procfs], Slow,
         "vCPUs online. procfs: vCPU threads. libvirt: vcpu.current.";
     VcpuRun: Vcpu, "run_ns", Nanoseconds, Counter, [Ebpf, Procfs, Libvirt], Slow,
@@ -153,18 +155,22 @@ metrics! {
         "Time the vCPU thread was runnable but not running. ebpf: the wait in progress included. procfs: schedstat run_delay, finished waits only. libvirt: vcpu.N.delay.";
     VcpuLibvirtWait: Vcpu, "libvirt_wait_ns", Nanoseconds, Counter, [Libvirt], Slow,
         "What libvirt calls the waiting time of the vCPU: vcpu.N.wait. Meant to be wait_ns, but constantly 0 where libvirt does not find the figure in the kernel's file, as with libvirt 9.0 on kernels from 5.15.";
+    VcpuThrottled: Vcpu, "throttled_ns", Nanoseconds, Counter, [Ebpf], Slow,
+        "Part of wait_ns in which a CFS quota that was used up kept the vCPU thread from running. Before Linux 6.6 the wait for a CPU that follows is included.";
     VcpuIrq: Vcpu, "irq_ns", Nanoseconds, Counter, [Ebpf], Slow,
         "Time the vCPU thread was on a CPU, but interrupts or a hypervisor below this host took it: what the kernel's task clock leaves out of run_ns.";
     VcpuSleep: Vcpu, "sleep_ns", Nanoseconds, Counter, [Ebpf], Slow,
         "Time the vCPU thread had nothing to do. run_ns + irq_ns + wait_ns + sleep_ns is the wall time.";
-    VcpuPreemptions: Vcpu, "preemptions", Count, Counter, [Ebpf], Slow,
-        "Times the vCPU thread lost its CPU while it could have run on.";
-    VcpuYields: Vcpu, "yields", Count, Counter, [Ebpf], Slow,
-        "Times the vCPU thread gave up its CPU because it had nothing to do.";
+    VcpuPreemptions: Vcpu, "preemptions", Count, Counter, [Ebpf, Procfs], Rare,
+        "Times the vCPU thread lost its CPU while it could have run on. ebpf: since the domain is followed. procfs: nonvoluntary_ctxt_switches of /proc/PID/task/TID/status.";
+    VcpuYields: Vcpu, "yields", Count, Counter, [Ebpf, Procfs], Rare,
+        "Times the vCPU thread gave up its CPU because it had nothing to do. procfs: voluntary_ctxt_switches.";
     VcpuWakeups: Vcpu, "wakeups", Count, Counter, [Ebpf], Slow,
         "Times the vCPU thread got a CPU after it had nothing to do.";
     VcpuMigrations: Vcpu, "migrations", Count, Counter, [Ebpf], Slow,
         "Times the vCPU thread got another CPU than before.";
+    VcpuNodeMigrations: Vcpu, "node_migrations", Count, Counter, [Ebpf], Slow,
+        "Those of the migrations that led to another NUMA node.";
     InterfaceRxBytes: Interface, "rx_bytes", Bytes, Counter, [Libvirt], Fast,
         "Bytes received by the guest. libvirt: net.N.rx.bytes.";
     InterfaceRxPackets: Interface, "rx_packets", Count, Counter, [Libvirt], Fast,

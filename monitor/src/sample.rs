@@ -164,6 +164,9 @@ pub enum CulpritKind {
     Process,
     /// A kernel thread.
     Kthread,
+    /// Interrupts, or a hypervisor below this host: what the kernel's task clock leaves out of the time that others had
+    /// the CPU.
+    Irq,
     /// Nobody: the CPU was idle and had to wake up.
     Idle,
     /// Those beyond the ones that are told apart.

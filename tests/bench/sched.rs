@@ -132,7 +132,7 @@ impl Subject {
             }
             Self::OtherThreads | Self::VmThreads => {
                 let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
-                let follow = |tid: &Tid| ebpf.follow(*tid, Keep::TimesAndHistograms).unwrap();
+                let follow = |tid: &Tid| ebpf.follow(*tid, Keep::TimesAndHistograms, None).unwrap();
                 let _slots: Vec<Slot> = match self {
                     Self::VmThreads => ring.tids.iter().map(follow).collect(),
                     _ => Vec::new(),

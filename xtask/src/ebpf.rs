@@ -248,6 +248,8 @@ impl Toolchain {
         let flags = [
             format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
             "-Cdebuginfo=2".to_owned(),
+            // 32-bit arithmetic, and atomic operations that return the old value (Linux 5.12).
+            "-Ctarget-cpu=v3".to_owned(),
             "-Clink-arg=--btf".to_owned(),
         ];
         command.current_dir(paths::root()).arg(subcommand);

@@ -35,6 +35,10 @@ pub enum Slot {}
 #[derive(Debug)]
 pub enum ProcessSlot {}
 
+/// There is none.
+#[derive(Debug)]
+pub enum GroupSlot {}
+
 /// What would be kept of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
@@ -45,8 +49,8 @@ pub enum Keep {
 }
 
 pub use monitor_ebpf::{
-    BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS,
-    bucket_range, class_of,
+    BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
+    KIND_PROCESS, bucket_range, class_of,
 };
 
 /// Runs of a program.
@@ -87,7 +91,7 @@ impl Ebpf {
     ///
     /// # Errors
     /// None.
-    pub fn follow(&mut self, _: Tid, _: Keep) -> Result<Slot, NotFollowed> {
+    pub fn follow(&mut self, _: Tid, _: Keep, _: Option<&GroupSlot>) -> Result<Slot, NotFollowed> {
         match *self {}
     }
 
@@ -127,6 +131,22 @@ impl Ebpf {
     /// None exists.
     #[must_use]
     pub fn take_charges(&self, _: &Slot) -> Option<Charges> {
+        match *self {}
+    }
+
+    /// None exists.
+    pub fn follow_group(&mut self) -> Option<GroupSlot> {
+        match *self {}
+    }
+
+    /// None exists.
+    pub fn forget_group(&mut self, _: GroupSlot) {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn both_ns(&self, _: &GroupSlot, _: u64) -> Option<u64> {
         match *self {}
     }
 

@@ -15,7 +15,7 @@ use procfs::process::Process;
 
 use crate::{
     inventory::QemuProcess,
-    units::{Bytes, DomainUuid, Nanos, Tgid, Tid, VcpuIndex},
+    units::{Bytes, Count, DomainUuid, Nanos, Tgid, Tid, VcpuIndex},
 };
 
 /// What the kernel says of a process that has ended while a file of it is open.
@@ -339,6 +339,34 @@ impl ProcessReader {
             rss: Bytes(pages * self.page_size),
         })
     }
+}
+
+/// How often a thread left its CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Switches {
+    /// Because it had nothing to do.
+    pub voluntary: Count,
+    /// While it could have run on.
+    pub involuntary: Count,
+}
+
+/// Context switches of a thread since it started; opens and closes its file.
+///
+/// # Errors
+/// If the thread is gone, or the file is not as documented in proc(5).
+pub fn switches(
+    root: &Path,
+    process: QemuProcess,
+    tid: Tid,
+    buffer: &mut [u8],
+) -> Result<Switches, ProcfsError> {
+    let dir = root.join(process.tgid.to_string()).join("task").join(tid.to_string());
+    OpenFile::open(dir.join("status"))?.parse(buffer, |text| {
+        let text = std::str::from_utf8(text).ok()?;
+        let value = |key| text.lines().find_map(|line| line.strip_prefix(key)?.trim().parse().ok());
+        let voluntary = Count(value("voluntary_ctxt_switches:")?);
+        Some(Switches { voluntary, involuntary: Count(value("nonvoluntary_ctxt_switches:")?) })
+    })
 }
 
 /// Name and CPU time of a thread; opens and closes its files.

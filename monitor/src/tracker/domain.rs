@@ -11,11 +11,11 @@ use crate::{
     sample::{CulpritKind, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail},
     source::{
         ebpf::{
-            Culprit, Ebpf, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS, ProcessSlot, ProcessTimes, Slot,
-            ThreadTimes, Torn,
+            Culprit, Ebpf, GroupSlot, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL, KIND_PROCESS,
+            ProcessSlot, ProcessTimes, Slot, ThreadTimes, Torn,
         },
         libvirt::stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats},
-        procfs::{ProcessReader, ProcfsError, ThreadReader},
+        procfs::{self, ProcessReader, ProcfsError, ThreadReader},
     },
     units::{Bytes, Count, MonotonicNs, Nanos, SourceKind, VcpuIndex, Window},
 };
@@ -34,6 +34,8 @@ pub struct Tracked {
     pub(super) files: Option<ProcessReader>,
     /// Follows the process as a whole, and the vhost kernel threads that work for it.
     pub(super) processes: Vec<ProcessSlot>,
+    /// Its vCPU threads as siblings.
+    pub(super) group: Option<GroupSlot>,
     classes: Classes,
     classes_at: Option<MonotonicNs>,
     pub(super) threads: Vec<Thread>,
@@ -48,6 +50,7 @@ pub struct Tracked {
 pub(super) struct Slots {
     pub(super) threads: Vec<Slot>,
     pub(super) processes: Vec<ProcessSlot>,
+    pub(super) group: Option<GroupSlot>,
 }
 
 /// What reads one vCPU thread; in the order of `domain.vcpus`.
@@ -72,6 +75,7 @@ impl Tracked {
             seq: 0,
             files: None,
             processes: Vec::new(),
+            group: None,
             classes: Classes::default(),
             classes_at: None,
             threads,
@@ -135,6 +139,7 @@ impl Tracked {
         Slots {
             threads: self.threads.iter_mut().filter_map(|thread| std::mem::take(thread).slot).collect(),
             processes: std::mem::take(&mut self.processes),
+            group: self.group.take(),
         }
     }
 
@@ -162,12 +167,13 @@ impl Tracked {
             return 0;
         }
         self.sample.begin(ReadClass::Ebpf);
-        let (mut lost, mut run_sum) = (0, Some(0));
+        let (mut lost, mut run_sum, mut clock) = (0, Some(0), None);
         let with_histograms = self.histograms_due(window.begin);
         let entities = self.sample.vcpus.iter_mut().zip(&mut self.sample.vcpu_details);
         for (thread, (values, detail)) in self.threads.iter_mut().zip(entities) {
             let times = thread.slot.as_ref().and_then(|slot| ebpf.times(slot));
             let parts = times.map(|times| (times, thread.ledger.add(times)));
+            clock = clock.or(times.map(|times| times.sched_ns));
             if let Some((times, Some(parts))) = parts {
                 put_vcpu(values, &times, &parts);
                 run_sum = run_sum.map(|sum: u64| sum + times.run_ns);
@@ -185,6 +191,7 @@ impl Tracked {
             self.sample.cpu.put_some(SourceKind::Ebpf, Metric::CpuVcpuRun, run_sum.map(Nanos));
         }
         lost += self.put_processes(ebpf);
+        lost += clock.map_or(0, |clock| self.put_costop(ebpf, clock));
         self.sample.end(ReadClass::Ebpf, window);
         lost
     }
@@ -220,6 +227,19 @@ impl Tracked {
         0
     }
 
+    /// Time in which vCPUs waited while others ran. Returns 1 if it could not be read right.
+    fn put_costop(&mut self, ebpf: &Ebpf, sched_ns: u64) -> u64 {
+        let Some(group) = &self.group else { return 0 };
+        let before = self.sample.cpu.before(SourceKind::Ebpf, Metric::CpuCostop);
+        match ebpf.both_ns(group, sched_ns).filter(|now| before.is_none_or(|before| before <= *now)) {
+            Some(now) => {
+                self.sample.cpu.put(SourceKind::Ebpf, Metric::CpuCostop, Nanos(now));
+                0
+            }
+            None => 1,
+        }
+    }
+
     /// Reads what is dear to read, if it is time to.
     pub(super) fn put_procfs_slow(
         &mut self,
@@ -248,8 +268,19 @@ impl Tracked {
         ] {
             cpu.put(SourceKind::Procfs, metric, Nanos(ns));
         }
+        let mut result = Ok(());
+        for (vcpu, values) in self.domain.vcpus.iter().zip(&mut self.sample.vcpus) {
+            match vcpu.tid.map(|tid| procfs::switches(root, process, tid, buffer)) {
+                Some(Ok(switches)) => {
+                    values.put(SourceKind::Procfs, Metric::VcpuPreemptions, switches.involuntary);
+                    values.put(SourceKind::Procfs, Metric::VcpuYields, switches.voluntary);
+                }
+                Some(Err(error)) => result = Err(error),
+                None => {}
+            }
+        }
         self.sample.end(ReadClass::ProcfsSlow, Window { begin, end: MonotonicNs::now() });
-        Some(Ok(()))
+        Some(result)
     }
 
     /// At most once a second.
@@ -388,13 +419,14 @@ fn preempted_by(culprit: &Culprit, names: &Names) -> PreemptedBy {
     };
     let (kind, who) = match (culprit.kind, names.get(&culprit.id)) {
         (KIND_IDLE, _) => (CulpritKind::Idle, "idle".to_owned()),
+        (KIND_IRQ, _) => (CulpritKind::Irq, "irq".to_owned()),
         (KIND_PROCESS, Some(domain)) => (CulpritKind::Vm, domain.clone()),
         (KIND_PROCESS, None) => (CulpritKind::Process, comm),
         (KIND_KERNEL, _) if comm.starts_with("vhost-") => (CulpritKind::Vhost, comm),
         (KIND_KERNEL, _) => (CulpritKind::Kthread, comm),
         _ => (CulpritKind::Unknown, comm),
     };
-    PreemptedBy { who, kind, pid: (culprit.kind != KIND_IDLE).then_some(culprit.id), ns: culprit.ns }
+    PreemptedBy { who, kind, pid: (culprit.id != 0).then_some(culprit.id), ns: culprit.ns }
 }
 
 fn put_vcpu(values: &mut Values, times: &ThreadTimes, parts: &Parts) {
@@ -407,6 +439,8 @@ fn put_vcpu(values: &mut Values, times: &ThreadTimes, parts: &Parts) {
     values.put(EBPF, Metric::VcpuYields, Count(parts.counts.yields));
     values.put(EBPF, Metric::VcpuWakeups, Count(parts.counts.wakeups));
     values.put(EBPF, Metric::VcpuMigrations, Count(parts.counts.migrations));
+    values.put(EBPF, Metric::VcpuNodeMigrations, Count(parts.counts.node_migrations));
+    values.put(EBPF, Metric::VcpuThrottled, Nanos(times.throttled_ns));
 }
 
 fn put_interface(values: &mut Values, stats: &InterfaceStats) {

@@ -274,6 +274,7 @@ impl Tracker {
         if let Some(ebpf) = &mut self.ebpf {
             slots.threads.into_iter().for_each(|slot| ebpf.forget(slot));
             slots.processes.into_iter().for_each(|slot| ebpf.forget_process(slot));
+            slots.group.into_iter().for_each(|slot| ebpf.forget_group(slot));
         }
     }
 
@@ -369,8 +370,13 @@ impl Tracker {
     fn adopt_thread(&mut self, i: usize, v: usize, tid: Tid) {
         let Some(process) = self.domains[i].domain.process else { return };
         let file = ThreadReader::open(&self.root, process, tid);
-        let slot = self.ebpf.as_mut().map(|ebpf| ebpf.follow(tid, Keep::TimesAndHistograms));
         let tracked = &mut self.domains[i];
+        let slot = self.ebpf.as_mut().map(|ebpf| {
+            if tracked.group.is_none() {
+                tracked.group = ebpf.follow_group();
+            }
+            ebpf.follow(tid, Keep::TimesAndHistograms, tracked.group.as_ref())
+        });
         tracked.domain.vcpus[v].tid = Some(tid);
         let mut thread = Thread::default();
         match file {

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use btf_rs::{Btf, Type};
-use monitor_ebpf::Layout;
+use monitor_ebpf::{Layout, NO_FIELD};
 
 /// Why an offset could not be found.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +62,12 @@ pub fn sched(btf: &Btf) -> Result<Layout, LayoutError> {
         task_tgid: at("task_struct", "tgid")?,
         task_flags: at("task_struct", "flags")?,
         task_comm: at("task_struct", "comm")?,
+        task_prio: at("task_struct", "prio")?,
+        task_prev_sum_exec_runtime: at("task_struct", "se.prev_sum_exec_runtime")?,
+        task_throttled: optional(at("task_struct", "throttled"))?,
+        cfs_rq_throttle_count: optional(at("cfs_rq", "throttle_count"))?,
+        cfs_rq_throttled_clock_self: optional(at("cfs_rq", "throttled_clock_self"))?,
+        cfs_rq_throttled_clock_self_time: optional(at("cfs_rq", "throttled_clock_self_time"))?,
         task_signal: at("task_struct", "signal")?,
         task_exit_state: at("task_struct", "exit_state")?,
         task_thread_node: at("task_struct", "thread_node")?,
@@ -74,6 +80,14 @@ pub fn sched(btf: &Btf) -> Result<Layout, LayoutError> {
         rq_clock: at("rq", "clock")?,
         rq_clock_task: at("rq", "clock_task")?,
     })
+}
+
+/// [`NO_FIELD`] for a field that this kernel does not have.
+fn optional(offset: Result<u32, LayoutError>) -> Result<u32, LayoutError> {
+    match offset {
+        Err(LayoutError::NoField { .. }) => Ok(NO_FIELD),
+        known => known,
+    }
 }
 
 /// The byte offset of `field`, a path of member names joined by dots, inside `structure`.

@@ -15,7 +15,7 @@ use std::{io, os::fd::OwnedFd, path::Path};
 
 pub use self::{
     process::ProcessSlot,
-    sched::{Keep, NotFollowed, Slot},
+    sched::{GroupSlot, Keep, NotFollowed, Slot},
     times::{Doing, Happened, ProcessTimes, ThreadTimes, Torn},
 };
 use aya::{
@@ -23,11 +23,11 @@ use aya::{
     maps::{Map, MapData, MapError},
     programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint},
 };
-use monitor_ebpf::Layout;
 pub use monitor_ebpf::{
-    BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_KERNEL, KIND_PROCESS,
-    bucket_range, class_of,
+    BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
+    KIND_PROCESS, bucket_range, class_of,
 };
+use monitor_ebpf::{Layout, Nodes};
 
 use self::{
     layout::LayoutError,
@@ -37,7 +37,7 @@ use self::{
     sched::Sched,
 };
 use crate::{
-    one_line,
+    host, one_line,
     units::{MonotonicNs, Tgid, Tid, Window, duration_ns},
 };
 
@@ -109,6 +109,8 @@ pub struct Ebpf {
 struct Wire<T>(T);
 // SAFETY: `Layout` is plain `u32`s without padding.
 unsafe impl Pod for Wire<Layout> {}
+// SAFETY: plain bytes.
+unsafe impl Pod for Wire<Nodes> {}
 
 impl Ebpf {
     /// Loads and attaches the programs of the groups.
@@ -127,6 +129,8 @@ impl Ebpf {
         if let Some(layout) = &sched_layout {
             loader.override_global("LAYOUT", layout, true);
         }
+        let nodes = Wire(host::nodes_of_cpus());
+        loader.override_global("NODES", &nodes, true);
         let mut object = loader.btf(Some(&btf)).load(OBJECT).map_err(|e| EbpfError::Load(one_line(&e)))?;
         let mut this = Attaching { object: &mut object, btf: &btf, groups, states: Vec::new() };
         let with_sched = this.attach(ProbeGroup::Sched, sched.map(drop))?;
@@ -167,8 +171,27 @@ impl Ebpf {
     /// # Errors
     /// If the scheduling probes do not run, or the kernel tables have no room. Where only the histograms have none, the
     /// rest is kept.
-    pub fn follow(&mut self, tid: Tid, keep: Keep) -> Result<Slot, NotFollowed> {
-        self.sched.as_mut().ok_or(NotFollowed::Off)?.follow(tid, keep)
+    pub fn follow(&mut self, tid: Tid, keep: Keep, group: Option<&GroupSlot>) -> Result<Slot, NotFollowed> {
+        self.sched.as_mut().ok_or(NotFollowed::Off)?.follow(tid, keep, group)
+    }
+
+    /// Begins to keep a group of sibling threads; `None` if the scheduling probes do not run or there is no room.
+    pub fn follow_group(&mut self) -> Option<GroupSlot> {
+        self.sched.as_mut()?.follow_group()
+    }
+
+    /// Stops keeping a group, after the last of its members was forgotten.
+    pub fn forget_group(&mut self, slot: GroupSlot) {
+        if let Some(sched) = &mut self.sched {
+            sched.forget_group(slot);
+        }
+    }
+
+    /// Time in which at least one thread of the group waited while another ran, nanoseconds since the group is kept, up to
+    /// the moment `sched_ns` of the scheduler's clock; `None` if it could not be read.
+    #[must_use]
+    pub fn both_ns(&self, slot: &GroupSlot, sched_ns: u64) -> Option<u64> {
+        self.sched.as_ref()?.both_ns(slot, sched_ns)
     }
 
     /// Stops following a thread.

@@ -7,9 +7,9 @@ use aya::{
     programs::{Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use monitor_ebpf::{
-    Armed, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, FILTER_BITS, Filter, HISTOGRAMS,
-    Histograms, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, TABLE_ENTRIES,
-    TABLE_PROBES, THREADS, Table, Thread, table_entry, table_slot, table_start,
+    Armed, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, FILTER_BITS, Filter, GROUPS, Group,
+    HISTOGRAMS, Histograms, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading,
+    TABLE_ENTRIES, TABLE_PROBES, THREADS, Table, Thread, table_entry, table_slot, table_start,
 };
 
 use super::{
@@ -32,6 +32,10 @@ pub struct Slot {
     thread: u32,
     histograms: Option<u32>,
 }
+
+/// A group of siblings.
+#[derive(Debug, PartialEq, Eq)]
+pub struct GroupSlot(u16);
 
 /// What is kept of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +96,8 @@ pub(super) struct Sched {
     disarmed: MonotonicNs,
     places: Places,
     histogram_places: Places,
+    groups: Mapped<Group>,
+    group_places: Places,
     followed: usize,
     unseeded: bool,
 }
@@ -111,6 +117,8 @@ impl Sched {
             disarmed: MonotonicNs::now(),
             places: Places::default(),
             histogram_places: Places::default(),
+            groups: map(object, "GROUPS", GROUPS as usize)?,
+            group_places: Places::default(),
             followed: 0,
             unseeded: false,
         })
@@ -120,11 +128,18 @@ impl Sched {
     ///
     /// # Errors
     /// [`NotFollowed::Full`] if the kernel tables have no room. Where only the histograms have none, the rest is kept.
-    pub(super) fn follow(&mut self, tid: Tid, keep: Keep) -> Result<Slot, NotFollowed> {
-        self.follow_as(tid, None, keep)
+    pub(super) fn follow(
+        &mut self,
+        tid: Tid,
+        keep: Keep,
+        group: Option<&GroupSlot>,
+    ) -> Result<Slot, NotFollowed> {
+        let group = group.map_or(0, |group| group.0 + 1);
+        self.follow_as(keep, Thread { tid: tid.0, group, ..Thread::ZERO })
     }
 
-    fn follow_as(&mut self, tid: Tid, clock: Option<u32>, keep: Keep) -> Result<Slot, NotFollowed> {
+    fn follow_as(&mut self, keep: Keep, thread: Thread) -> Result<Slot, NotFollowed> {
+        let tid = Tid(thread.tid);
         let full = NotFollowed::Full(self.followed);
         let Some(entry) = self.entry_for(0, tid.0) else { return Err(full) };
         let Some(place) = self.places.take(THREADS) else { return Err(full) };
@@ -137,18 +152,39 @@ impl Sched {
             self.charges.set(histograms as usize, ChargeTables::ZERO);
         }
         self.readings.set(place as usize, Reading::ZERO);
-        let thread = Thread {
-            tid: tid.0,
-            histograms: clock.or(histograms.map(|h| h + 1)).unwrap_or(0),
-            ..Thread::ZERO
-        };
-        self.threads.set(place as usize, thread);
+        let histograms_of = histograms.map_or(thread.histograms, |h| h + 1);
+        self.threads.set(place as usize, Thread { histograms: histograms_of, ..thread });
         self.table.word(entry).store(table_entry(tid.0, place), Ordering::Release);
         let bit = tid.0 % FILTER_BITS;
         change_bit(self.filter.word((bit / 64) as usize), bit % 64, true);
         self.followed += 1;
         self.unseeded = true;
         Ok(Slot { thread: place, histograms })
+    }
+
+    /// Begins to keep a group of siblings; `None` if there is no room.
+    pub(super) fn follow_group(&mut self) -> Option<GroupSlot> {
+        let place = u16::try_from(self.group_places.take(GROUPS)?).ok()?;
+        self.groups.set(place.into(), Group::ZERO);
+        Some(GroupSlot(place))
+    }
+
+    /// Stops keeping a group; none of its members may be followed any more.
+    #[expect(clippy::needless_pass_by_value, reason = "the slot must not be used afterwards")]
+    pub(super) fn forget_group(&mut self, slot: GroupSlot) {
+        self.group_places.give_back(slot.0.into());
+    }
+
+    /// Time in which at least one member waited while another ran, nanoseconds since the group is kept, up to the moment
+    /// `sched_ns` of the scheduler's clock. `None` if it changed under every attempt to read it.
+    pub(super) fn both_ns(&self, slot: &GroupSlot, sched_ns: u64) -> Option<u64> {
+        let word = |word| self.groups.word_of(slot.0.into(), word).load(Ordering::Acquire);
+        (0..4).find_map(|_| {
+            let (members, both_ns) = (word(0), word(1));
+            let now = if Group::both(members) { both_ns.wrapping_add(sched_ns) } else { both_ns };
+            // An addition that is under way on another CPU leaves a number that cannot be.
+            (word(0) == members && word(1) == both_ns && now < u64::MAX / 2).then_some(now)
+        })
     }
 
     /// The next [`Sched::seed`] walks even if no thread is new.
@@ -259,6 +295,8 @@ impl Sched {
             yields: reading.yields,
             wakeups: reading.wakeups,
             migrations: reading.migrations,
+            node_migrations: reading.node_migrations,
+            throttled_ns: reading.throttled_ns,
             doing: match reading.doing {
                 NOW_RUNNING => Doing::Running,
                 NOW_WAITING => Doing::Waiting,
@@ -279,7 +317,8 @@ impl Sched {
     pub(super) fn compare_clocks(&mut self) {
         self.clock.set(0, Clock::ZERO);
         let me = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap_or(0);
-        if self.follow_as(Tid(me), Some(CLOCK_THREAD), Keep::Times).is_err() {
+        let thread = Thread { tid: me, histograms: CLOCK_THREAD, ..Thread::ZERO };
+        if self.follow_as(Keep::Times, thread).is_err() {
             return; // Impossible in empty tables; without the clock nothing in progress is added.
         }
         for _ in 0..50 {

@@ -25,6 +25,10 @@ pub struct ThreadTimes {
     pub wakeups: u32,
     /// Times it got another CPU than before, likewise.
     pub migrations: u32,
+    /// Those of them that led to another NUMA node.
+    pub node_migrations: u32,
+    /// Part of `wait_ns` in which a CFS quota kept it from running, since it is followed.
+    pub throttled_ns: u64,
     /// What it does.
     pub doing: Doing,
     /// The thread is gone; these are its last figures.
