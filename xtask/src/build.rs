@@ -87,7 +87,7 @@ pub(crate) fn monitor() -> Result<PathBuf> {
     Ok(paths::target().join("release/kvm-monitor"))
 }
 
-/// Builds the static program that is PID 1 of a lab guest.
+/// Builds the static programs that are PID 1 of a lab guest, and of a host under test (`host` beside it).
 pub(crate) fn guest_init() -> Result<PathBuf> {
     let triple = format!("{}-unknown-linux-gnu", env::consts::ARCH);
     let mut command = host_cargo("build")?;

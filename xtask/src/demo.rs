@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab::interrupt::{self, Interrupted};
-use lab::{DiskSpec, GroundTruth, Guest, GuestSpec, Lab, LabDirs, NicSpec, StartState, UdpSink, Which};
+use lab::{
+    Accelerator, DiskSpec, GroundTruth, Guest, GuestSpec, Lab, LabDirs, NicSpec, StartState, UdpSink, Which,
+};
 
 use compare::{Experiment, Stream};
 
@@ -77,6 +79,7 @@ fn record(built: &crate::build::Built) -> Result<Recording> {
         target_dir: built.target_dir.clone(),
         kernel_dir: built.kernel_dir.clone(),
         guest_init: built.guest_init.clone(),
+        accelerator: Accelerator::Emulated,
     })?;
     let nic = NicSpec::new(TAP, 0);
     let _sink = UdpSink::start(&lab, PORT)?;

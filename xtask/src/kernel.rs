@@ -22,11 +22,29 @@ pub(crate) fn find() -> Option<PathBuf> {
     if let Some(dir) = env::var_os(VARIABLE) {
         return Some(PathBuf::from(dir)).filter(|dir| is_kernel(dir));
     }
-    let entries = fs::read_dir(cache()).ok()?;
+    newest(unpacked(), SERIES).map(|name| cache().join(name))
+}
+
+/// The newest kernel of a series such as `6.12`, fetched if need be.
+pub(crate) fn of_series(series: &str) -> Result<PathBuf> {
+    let prefix = format!("{series}.");
+    let of_series = |name: &String| name.starts_with(&prefix);
+    if let Some(name) = newest(unpacked(), &prefix).filter(of_series) {
+        return Ok(cache().join(name));
+    }
+    let fetched = fetch(&prefix).with_context(|| format!("cannot fetch a kernel {series}"))?;
+    let name = fetched.file_name().map(|name| name.to_string_lossy().into_owned());
+    ensure!(name.as_ref().is_some_and(of_series), "apt has no kernel {series}, the nearest is {name:?}");
+    Ok(fetched)
+}
+
+/// The kernels in the cache.
+fn unpacked() -> Vec<String> {
+    let Ok(entries) = fs::read_dir(cache()) else { return Vec::new() };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     // A hidden one is still being unpacked, or was left so.
     let complete = names.filter(|name| !name.starts_with('.') && is_kernel(&cache().join(name)));
-    newest(complete.collect()).map(|name| cache().join(name))
+    complete.collect()
 }
 
 /// The unpacked kernel, fetched if need be.
@@ -37,7 +55,7 @@ pub(crate) fn prepare() -> Result<PathBuf> {
     if let Some(dir) = env::var_os(VARIABLE) {
         bail!("{VARIABLE} is {}, which lacks boot/vmlinuz-* or lib/modules/*", Path::new(&dir).display());
     }
-    fetch().or_else(|fetching| {
+    fetch(SERIES).or_else(|fetching| {
         eprintln!("cannot fetch a guest kernel: {fetching:#}; looking for one of this host");
         host_kernel().with_context(|| format!("no guest kernel: {fetching:#}; and none of this host serves"))
     })
@@ -61,24 +79,24 @@ fn image(dir: &Path) -> Option<PathBuf> {
     fs::read_dir(dir.join("boot")).ok()?.flatten().map(|entry| entry.path()).find(is_image)
 }
 
-/// Downloads and unpacks the newest package of the preferred series, else of any.
-fn fetch() -> Result<PathBuf> {
+/// Downloads and unpacks the newest package of the series, else of any.
+fn fetch(series: &str) -> Result<PathBuf> {
     for tool in ["apt-get", "apt-cache", "dpkg"] {
         process::find_program(tool).with_context(|| format!("no {tool} here"))?;
     }
     let candidates = candidates()?;
-    let version = match newest(candidates) {
+    let version = match newest(candidates, series) {
         Some(version) => version,
         // Without package lists there is no candidate either.
         None => {
             refresh_lists()?;
-            newest(self::candidates()?).context("apt knows no linux-image-*-cloud-amd64 package")?
+            newest(self::candidates()?, series).context("apt knows no linux-image-*-cloud-amd64 package")?
         }
     };
     unpack(&version).or_else(|error| {
         // Old lists name packages that are gone from the archive.
         refresh_lists().with_context(|| format!("{error:#}"))?;
-        unpack(&newest(self::candidates()?).unwrap_or(version))
+        unpack(&newest(self::candidates()?, series).unwrap_or(version))
     })
 }
 
@@ -143,7 +161,8 @@ fn host_kernel() -> Result<PathBuf> {
         places.into_iter().find(|image| modules.join("modules.dep").exists() && fs::File::open(image).is_ok())
     };
     let usable = versions.into_iter().filter(|version| image(version).is_some()).collect();
-    let version = newest(usable).context("no /boot/vmlinuz-* that we may read and that has its modules")?;
+    let version =
+        newest(usable, SERIES).context("no /boot/vmlinuz-* that we may read and that has its modules")?;
     let image = image(&version).context("the kernel image vanished")?;
     let dir = cache().join(format!("{version}-of-this-host"));
     fs::create_dir_all(dir.join("boot"))?;
@@ -158,9 +177,9 @@ fn link(from: &Path, to: &Path) -> Result<()> {
     symlink(from, to).with_context(|| format!("cannot create {}", to.display()))
 }
 
-/// The newest of the preferred series, else the newest.
-fn newest(mut versions: Vec<String>) -> Option<String> {
-    versions.sort_by_key(|version| (version.starts_with(SERIES), numbers(version)));
+/// The newest of the series, else the newest.
+fn newest(mut versions: Vec<String>, series: &str) -> Option<String> {
+    versions.sort_by_key(|version| (version.starts_with(series), numbers(version)));
     versions.pop()
 }
 
@@ -175,7 +194,7 @@ mod tests {
     use super::*;
 
     fn newest_of(versions: &[&str]) -> Option<String> {
-        newest(versions.iter().map(|version| (*version).to_owned()).collect())
+        newest(versions.iter().map(|version| (*version).to_owned()).collect(), SERIES)
     }
 
     #[test]

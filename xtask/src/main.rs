@@ -18,6 +18,7 @@ mod process;
 mod report;
 mod setup;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,8 @@ usage: cargo xtask SUBCOMMAND
   demo [ARGS]                  profile a small guest whose workload is known
   test [--unit-only|--live-only]
                                lint, unit tests, and as root live tests with a real guest
+  lab [--kernel 6.1|6.12|all] [--filter NAME] [-- COMMAND]
+                               the live tests (or a command) in a VM with that kernel, where KVM works; as root
   lint                         formatting, clippy, documentation, generated documents
   bench sched                  cost of the probes at a context switch, as root; prints ratios side by side
   docs [--check]               write the generated parts of the documents, or check them
@@ -70,6 +73,7 @@ fn dispatch(args: &[String]) -> Result<bool> {
         "run" => build::run_monitor(args)?,
         "demo" => demo::run(args)?,
         "test" => return test::run(args),
+        "lab" => return vm::run(args),
         "lint" => return lint::run(args),
         "bench" => bench::run(args)?,
         "docs" => docs::run(args)?,

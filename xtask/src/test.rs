@@ -24,18 +24,18 @@ const NOBODY: &str = "65534";
 const LIVE_LIMIT: &str = "20m";
 
 /// A compiled test program.
-struct TestProgram {
-    name: String,
-    file: PathBuf,
+pub(crate) struct TestProgram {
+    pub(crate) name: String,
+    pub(crate) file: PathBuf,
     /// Where cargo would run it.
-    package: PathBuf,
+    pub(crate) package: PathBuf,
     /// A program of its own below `tests`, not the unit tests inside a library or a program.
     integration: bool,
 }
 
 impl TestProgram {
     /// Needs root and a real guest. The lab's own tests do as well: what they test is the lab.
-    fn is_live(&self) -> bool {
+    pub(crate) fn is_live(&self) -> bool {
         self.name.starts_with("live_") || self.integration && self.package.ends_with("tests/lab")
     }
 }
@@ -66,7 +66,7 @@ pub(crate) fn run(args: &[String]) -> Result<bool> {
 }
 
 /// Compiles all tests at once: a second call with other features would compile `monitor` twice.
-fn compile() -> Result<Vec<TestProgram>> {
+pub(crate) fn compile() -> Result<Vec<TestProgram>> {
     let mut cargo = build::host_cargo("test")?;
     cargo.args(["--workspace", "--features", "monitor/live,lab/live", "--no-run"]);
     cargo.arg("--message-format=json-render-diagnostics");
@@ -225,7 +225,7 @@ fn live_command(program: &TestProgram, built: &Built) -> Command {
 }
 
 /// Names of the tests in a program.
-fn list(program: &TestProgram) -> Result<Vec<String>> {
+pub(crate) fn list(program: &TestProgram) -> Result<Vec<String>> {
     let output = process::output(Command::new(&program.file).args(["--list", "--format", "terse"]))?;
     Ok(output.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
 }

@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+use crate::Accelerator;
+
 /// A guest to boot. `GuestSpec::new` gives one vCPU, 128 MiB, no disk, no NIC.
 #[derive(Clone, Debug)]
 pub struct GuestSpec {
@@ -172,6 +174,7 @@ pub(crate) struct Files<'a> {
     pub(crate) input: &'a Path,
     /// One image per disk of the specification.
     pub(crate) images: Vec<PathBuf>,
+    pub(crate) accelerator: Accelerator,
 }
 
 /// The domain XML.
@@ -188,12 +191,16 @@ pub(crate) fn xml(spec: &GuestSpec, files: &Files<'_>) -> String {
         0 => String::new(),
         period => format!("<stats period='{period}'/>"),
     };
+    let (virt, cpu) = match files.accelerator {
+        Accelerator::Emulated => ("qemu", "<cpu mode='custom'><model>qemu64</model></cpu>"),
+        Accelerator::Kvm => ("kvm", "<cpu mode='host-passthrough'/>"),
+    };
     format!(
-        "<domain type='qemu'>
+        "<domain type='{virt}'>
  <name>{name}</name>{uuid}<memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>{threads}
  <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd>
   <cmdline>{command_line}</cmdline></os>
- <features><acpi/></features><cpu mode='custom'><model>qemu64</model></cpu>
+ <features><acpi/></features>{cpu}
  <devices>{devices}
   <controller type='usb' model='none'/>
   <serial type='file'><source path='{console}'/><target port='0'/></serial>
@@ -277,6 +284,7 @@ mod tests {
             console: Path::new("/s/g.console"),
             input: Path::new("/run/lab/g"),
             images: images.iter().map(PathBuf::from).collect(),
+            accelerator: Accelerator::Emulated,
         }
     }
 

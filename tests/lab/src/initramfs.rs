@@ -12,15 +12,15 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 
 /// What a guest with virtio disks, NICs and a balloon needs.
-const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon"];
+pub(crate) const GUEST_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon"];
 
 /// The kernel image of an unpacked kernel package.
 pub(crate) fn kernel_image(kernel_dir: &Path) -> Result<PathBuf> {
     one_of(&kernel_dir.join("boot"), "vmlinuz-")
 }
 
-/// Builds the archive.
-pub(crate) fn build(kernel_dir: &Path, init: &Path) -> Result<Vec<u8>> {
+/// Builds the archive, with these modules and what they depend on.
+pub(crate) fn build(kernel_dir: &Path, init: &Path, names: &[&str]) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for directory in ["proc", "sys", "dev", "mod", "tmp"] {
         archive.add(directory, 0o040_755, b"");
@@ -31,7 +31,7 @@ pub(crate) fn build(kernel_dir: &Path, init: &Path) -> Result<Vec<u8>> {
     archive.add("init", 0o100_755, &init);
     let modules = Modules::find(&one_of(&kernel_dir.join("lib/modules"), "")?)?;
     let mut order = Vec::new();
-    for name in MODULES {
+    for name in names {
         modules.load(name, &mut order, &mut archive)?;
     }
     archive.add("mod/order", 0o100_644, order.join("\n").as_bytes());

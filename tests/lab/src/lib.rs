@@ -16,6 +16,7 @@ mod initramfs;
 pub mod interrupt;
 mod space;
 mod supervisor;
+pub mod vm;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -55,11 +56,24 @@ pub struct LabDirs {
     pub kernel_dir: PathBuf,
     /// The static binary of package `guest`.
     pub guest_init: PathBuf,
+    /// What executes the guests' instructions.
+    pub accelerator: Accelerator,
+}
+
+/// What executes the instructions of guests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Accelerator {
+    /// QEMU, everywhere.
+    #[default]
+    Emulated,
+    /// The kernel's KVM, which has to work on this host: it does in the VMs of `cargo xtask lab`.
+    Kvm,
 }
 
 impl LabDirs {
     /// From the variables `KVM_MONITOR_LAB_KERNEL` and `KVM_MONITOR_GUEST_INIT`, which `cargo xtask test` sets, and
-    /// the target directory that this program was built in. `KVM_MONITOR_LAB_DIR` names another one.
+    /// the target directory that this program was built in. `KVM_MONITOR_LAB_DIR` names another one;
+    /// `KVM_MONITOR_LAB_ACCELERATOR=kvm` wants guests that do not emulate.
     pub fn from_env() -> Result<Self> {
         let path = |name: &str| std::env::var_os(name).map(PathBuf::from);
         let needed = |name: &str| {
@@ -70,6 +84,11 @@ impl LabDirs {
             target_dir: path("KVM_MONITOR_LAB_DIR").map_or_else(own_target_dir, Ok)?,
             kernel_dir: needed("KVM_MONITOR_LAB_KERNEL")?,
             guest_init: needed("KVM_MONITOR_GUEST_INIT")?,
+            accelerator: match std::env::var("KVM_MONITOR_LAB_ACCELERATOR").as_deref() {
+                Err(_) | Ok("tcg") => Accelerator::Emulated,
+                Ok("kvm") => Accelerator::Kvm,
+                Ok(other) => bail!("KVM_MONITOR_LAB_ACCELERATOR is {other:?}, neither tcg nor kvm"),
+            },
         })
     }
 }
@@ -91,6 +110,7 @@ pub struct Lab {
     kernel: PathBuf,
     initrd: PathBuf,
     program: PathBuf,
+    accelerator: Accelerator,
 }
 
 #[derive(Debug)]
@@ -111,7 +131,7 @@ impl Lab {
             find_program(name, package)?;
         }
         let kernel = initramfs::kernel_image(&dirs.kernel_dir)?;
-        let initramfs = initramfs::build(&dirs.kernel_dir, &dirs.guest_init)?;
+        let initramfs = initramfs::build(&dirs.kernel_dir, &dirs.guest_init, &initramfs::GUEST_MODULES)?;
         let cache = directory(&dirs.target_dir.join("lab-cache"))?;
         let scratch = directory(&dirs.target_dir.join("lab").join(unique_name()))?;
         let initrd = scratch.join("initrd");
@@ -127,7 +147,8 @@ impl Lab {
         };
         let space = Arc::new(Space::of(supervisor.pid()));
         let state = Mutex::new(State { supervisor, libvirtd: None });
-        let lab = Self { state, space, scratch, kernel, initrd, program };
+        let accelerator = dirs.accelerator;
+        let lab = Self { state, space, scratch, kernel, initrd, program, accelerator };
         lab.start_libvirtd()?;
         Ok(lab)
     }
@@ -179,6 +200,7 @@ impl Lab {
             console: &console,
             input: &input,
             images: images?,
+            accelerator: self.accelerator,
         };
         let xml_path = self.scratch.join(format!("{}.xml", spec.name));
         fs::write(&xml_path, domain::xml(spec, &files)).context("cannot write the domain's XML")?;

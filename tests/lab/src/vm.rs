@@ -1,0 +1,346 @@
+//! A host under test: a virtual machine whose kernel is not this machine's, but whose files are.
+//!
+//! QEMU emulates a CPU with nested virtualization (TCG, SVM), so that KVM works inside as on a real host: VM exits, module
+//! `kvm`, vhost-net, cgroup v2 with the io controller, kernel modules. This machine's root file system is shared
+//! read-only by virtiofs: every program and every build is there at the same path. `tests/guest/src/bin/host.rs` is its
+//! PID 1, `vm.sh` sets it up, then the caller's commands run.
+//!
+//! Everything that runs here ends with this process: the kernel kills QEMU and the file servers when their parent dies.
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::Signal;
+
+use crate::{find_program, initramfs, interrupt};
+
+const SET_UP: &str = include_str!("vm.sh");
+/// What the initramfs needs to reach the root file system; the rest is loaded from there.
+const MODULES: [&str; 3] = ["virtio_pci", "virtiofs", "overlay"];
+/// Tags of the shares, which `host.rs` mounts.
+const ROOT: &str = "root";
+const OUT: &str = "out";
+/// Boots that were looked at took 5 to 12 s.
+const BOOT: Duration = Duration::from_secs(90);
+/// How long the end of a machine may take after its last command.
+const POWER_OFF: Duration = Duration::from_secs(30);
+/// Between two looks at what the VM wrote.
+const LOOK: Duration = Duration::from_millis(50);
+/// Where file servers are that are in no `PATH`: QEMU's own up to 7.x, the one that follows it.
+const FILE_SERVERS: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd"];
+/// Size of the disk for tests, bytes; sparse.
+const SCRATCH_BYTES: u64 = 4 << 30;
+
+/// A machine to start.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    /// An unpacked kernel package: `boot/vmlinuz-*` and `lib/modules/VERSION`.
+    pub kernel_dir: PathBuf,
+    /// The static binary `host` of package `guest`.
+    pub init: PathBuf,
+    /// Becomes `/out` in the VM, writable; `console.log`, `output` and `status` are left in it.
+    pub out: PathBuf,
+    /// Commands for bash, run as root after the set-up; their exit status is the VM's.
+    pub commands: String,
+    /// From the first command to the last.
+    pub limit: Duration,
+    /// Number of CPUs.
+    pub cpus: u32,
+    /// Memory, MiB.
+    pub memory_mib: u32,
+}
+
+/// How a machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The commands ended with this exit status.
+    Exited(i32),
+    /// The time was up.
+    TimedOut,
+    /// It ended by itself before its commands did: `console.log` may say why.
+    Died,
+}
+
+/// What became of a machine, and how long it took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// How it ended.
+    pub end: End,
+    /// From the start of QEMU to the set-up.
+    pub boot: Duration,
+    /// Set-up and commands.
+    pub commands: Duration,
+}
+
+impl Vm {
+    /// Boots (twice at most), runs the commands and passes on what they print, line by line.
+    ///
+    /// # Errors
+    /// If the machine cannot be started or does not boot.
+    pub fn run(&self, mut line: impl FnMut(&str)) -> Result<Outcome> {
+        match self.try_run(&mut line)? {
+            Some(outcome) => Ok(outcome),
+            None => {
+                line("the machine did not boot; trying once more");
+                let console = || fs::read(self.out.join("console.log")).unwrap_or_default();
+                self.try_run(&mut line)?.with_context(|| {
+                    format!("the machine does not boot; its console ends with\n{}", tail(&console()))
+                })
+            }
+        }
+    }
+
+    /// `None` if it did not boot.
+    fn try_run(&self, line: &mut impl FnMut(&str)) -> Result<Option<Outcome>> {
+        let (place, begin) = (Place::new(self)?, Instant::now());
+        let mut machine = Machine::start(self, &place)?;
+        let up = self.out.join("up");
+        while !up.exists() {
+            if machine.has_ended()?.is_some() || begin.elapsed() > BOOT {
+                return Ok(None);
+            }
+            interrupt::check()?;
+            std::thread::sleep(LOOK);
+        }
+        let (boot, begin) = (begin.elapsed(), Instant::now());
+        let mut output = Lines::of(self.out.join("output"));
+        let mut written: Option<Instant> = None;
+        let end = loop {
+            let ended = machine.has_ended()?.is_some(); // Before the last look at its output.
+            output.pass_on(line)?;
+            if let Some(status) = self.status() {
+                // It powers off by itself; its last words may still be on their way.
+                if ended || written.get_or_insert_with(Instant::now).elapsed() > POWER_OFF {
+                    break End::Exited(status);
+                }
+            } else if ended {
+                break End::Died;
+            } else if begin.elapsed() > self.limit {
+                break End::TimedOut;
+            }
+            interrupt::check()?;
+            std::thread::sleep(LOOK);
+        };
+        output.pass_on(line)?;
+        Ok(Some(Outcome { end, boot, commands: begin.elapsed() }))
+    }
+
+    fn status(&self) -> Option<i32> {
+        let text = fs::read_to_string(self.out.join("status")).ok()?;
+        // Without the end of the line it is still being written.
+        text.strip_suffix('\n')?.parse().ok()
+    }
+
+    fn script(&self) -> Result<String> {
+        let modules = self.kernel_dir.join("lib/modules").canonicalize();
+        let modules = modules.with_context(|| format!("no modules in {}", self.kernel_dir.display()))?;
+        Ok(format!("MODULES='{}' SCRATCH=/dev/vda\n{SET_UP}\n{}\n", modules.display(), self.commands))
+    }
+}
+
+/// The last lines of a console.
+fn tail(console: &[u8]) -> String {
+    let text = String::from_utf8_lossy(console);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
+
+/// The directory of one boot: sockets, initramfs, disk. Removed when dropped; those of processes that were killed, by
+/// the next one.
+struct Place {
+    directory: PathBuf,
+}
+
+impl Place {
+    const PREFIX: &str = "kvm-monitor-vm-";
+
+    /// Short, because a socket's path has 107 characters at most.
+    fn new(vm: &Vm) -> Result<Self> {
+        let above = Path::new("/tmp");
+        for entry in fs::read_dir(above).context("cannot read /tmp")?.flatten() {
+            let name = entry.file_name();
+            let owner = name.to_str().and_then(|name| name.strip_prefix(Self::PREFIX)?.parse().ok());
+            if owner.is_some_and(|pid: u32| !Path::new("/proc").join(pid.to_string()).exists()) {
+                let _ = fs::remove_dir_all(entry.path()); // The next one tries again.
+            }
+        }
+        let directory = above.join(format!("{}{}", Self::PREFIX, std::process::id()));
+        fs::create_dir(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        let place = Self { directory };
+        place.fill(vm)?;
+        Ok(place)
+    }
+
+    fn fill(&self, vm: &Vm) -> Result<()> {
+        fs::create_dir_all(vm.out.join("lab-cache"))
+            .with_context(|| format!("cannot make {}", vm.out.display()))?;
+        for file in ["up", "status", "output", "console.log"] {
+            let _ = fs::remove_file(vm.out.join(file)); // Of an earlier boot; usually there is none.
+        }
+        fs::write(vm.out.join("host.sh"), vm.script()?).context("cannot write the VM's commands")?;
+        let initrd = initramfs::build(&vm.kernel_dir, &vm.init, &MODULES)?;
+        fs::write(self.initrd(), initrd).context("cannot write the VM's initramfs")?;
+        let disk = File::create(self.disk()).context("cannot make the VM's disk")?;
+        disk.set_len(SCRATCH_BYTES).context("cannot make the VM's disk")?;
+        let mut format = Command::new(find_program("mkfs.ext4", "e2fsprogs")?);
+        let done = format.args(["-q", "-F"]).arg(self.disk()).stdin(Stdio::null()).status();
+        ensure!(done.context("cannot run mkfs.ext4")?.success(), "mkfs.ext4 cannot format the VM's disk");
+        Ok(())
+    }
+
+    fn initrd(&self) -> PathBuf {
+        self.directory.join("initrd")
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.directory.join("disk")
+    }
+
+    fn socket(&self, tag: &str) -> PathBuf {
+        self.directory.join(tag)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // If it fails the next machine tries again.
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// QEMU and its file servers. Dropping it ends them.
+struct Machine {
+    /// QEMU is the last.
+    processes: Vec<Child>,
+}
+
+impl Machine {
+    fn start(vm: &Vm, place: &Place) -> Result<Self> {
+        let server = FILE_SERVERS.into_iter().map(PathBuf::from).find(|server| server.is_file());
+        let server =
+            server.map_or_else(|| find_program("virtiofsd", "virtiofsd or qemu-system-common"), Ok)?;
+        let mut machine = Self { processes: Vec::new() };
+        let shares = [(ROOT, Path::new("/")), (OUT, &vm.out)];
+        for share in shares {
+            // It talks about every reset of a queue.
+            let log = File::create(place.directory.join(format!("{}.log", share.0)))?;
+            machine.spawn(file_server(&server, place, share)?.stderr(log))?;
+        }
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while ![ROOT, OUT].iter().all(|tag| place.socket(tag).exists()) {
+            ensure!(Instant::now() < deadline, "{} does not open its socket", server.display());
+            std::thread::sleep(LOOK);
+        }
+        machine.spawn(&mut qemu(vm, place)?)?;
+        Ok(machine)
+    }
+
+    fn spawn(&mut self, command: &mut Command) -> Result<()> {
+        // SAFETY: one system call, which is safe between fork and exec.
+        unsafe {
+            command.pre_exec(|| Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?))
+        };
+        command.stdin(Stdio::null());
+        let child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
+        self.processes.push(child);
+        Ok(())
+    }
+
+    fn has_ended(&mut self) -> Result<Option<ExitStatus>> {
+        let Some(qemu) = self.processes.last_mut() else { bail!("QEMU was not started") };
+        qemu.try_wait().context("cannot wait for QEMU")
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        for process in self.processes.iter_mut().rev() {
+            let _ = process.kill(); // Fails only if it has ended.
+            let _ = process.wait();
+        }
+    }
+}
+
+/// Serves the whole machine, read-only for the server too, whatever the VM asks for; or the writable share.
+fn file_server(server: &Path, place: &Place, (tag, directory): (&str, &Path)) -> Result<Command> {
+    const READ_ONLY: &str = r#"
+mount --make-rprivate /
+mount -t tmpfs tmpfs /run # For its pid file, and so that the VM does not see this machine's.
+mount --bind "$1" "$1"
+mount -o remount,bind,ro /
+shift
+exec "$@""#;
+    let (mut command, cache) = if tag == ROOT {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-euc", READ_ONLY, "sh"]).arg(&place.directory).arg(server);
+        (command, "always")
+    } else {
+        (Command::new(server), "auto")
+    };
+    command.arg(format!("--socket-path={}", place.socket(tag).display()));
+    // QEMU's own and the one that followed it share no other option.
+    let version = Command::new(server).arg("--version").output();
+    let version = version.with_context(|| format!("cannot run {}", server.display()))?;
+    if String::from_utf8_lossy(&version.stdout).contains("FUSE kernel interface") {
+        command.args(["-f", "-o", "log_level=err", "-o", "sandbox=chroot", "-o", &format!("cache={cache}")]);
+        command.arg("-o").arg(format!("source={}", directory.display()));
+    } else {
+        command.args(["--log-level=error", "--sandbox=chroot", &format!("--cache={cache}")]);
+        command.arg(format!("--shared-dir={}", directory.display()));
+    }
+    Ok(command)
+}
+
+fn qemu(vm: &Vm, place: &Place) -> Result<Command> {
+    let mut command = Command::new(find_program("qemu-system-x86_64", "qemu-system-x86")?);
+    let memory = format!("{}M", vm.memory_mib);
+    command.args(["-machine", "q35,memory-backend=memory", "-accel", "tcg,thread=multi,tb-size=512"]);
+    command.args(["-cpu", "EPYC,+svm,+npt", "-smp", &vm.cpus.to_string(), "-m", &memory]);
+    command.arg("-object").arg(format!("memory-backend-memfd,id=memory,size={memory},share=on"));
+    command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
+    command.arg("-serial").arg(format!("file:{}", vm.out.join("console.log").display()));
+    for tag in [ROOT, OUT] {
+        command.arg("-chardev").arg(format!("socket,id={tag},path={}", place.socket(tag).display()));
+        command.arg("-device").arg(format!("vhost-user-fs-pci,chardev={tag},tag={tag},queue-size=1024"));
+    }
+    let disk = format!("file={},if=virtio,format=raw,cache=unsafe,discard=unmap", place.disk().display());
+    command.arg("-drive").arg(disk);
+    command.arg("-kernel").arg(initramfs::kernel_image(&vm.kernel_dir)?).arg("-initrd").arg(place.initrd());
+    command.args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]);
+    // It warns of every feature of the CPU model that TCG does not have.
+    let log = File::create(vm.out.join("qemu.log")).context("cannot write QEMU's log")?;
+    command.stdout(log.try_clone()?).stderr(log);
+    Ok(command)
+}
+
+/// A file that grows, line by line.
+struct Lines {
+    path: PathBuf,
+    file: Option<File>,
+    partial: Vec<u8>,
+}
+
+impl Lines {
+    fn of(path: PathBuf) -> Self {
+        Self { path, file: None, partial: Vec::new() }
+    }
+
+    fn pass_on(&mut self, line: &mut impl FnMut(&str)) -> Result<()> {
+        if self.file.is_none() {
+            self.file = File::open(&self.path).ok(); // Not there yet.
+        }
+        if let Some(file) = &mut self.file {
+            file.read_to_end(&mut self.partial).context("cannot read the VM's output")?;
+        }
+        while let Some(end) = self.partial.iter().position(|byte| *byte == b'\n') {
+            let whole: Vec<u8> = self.partial.drain(..=end).collect();
+            line(String::from_utf8_lossy(&whole).trim_end());
+        }
+        Ok(())
+    }
+}

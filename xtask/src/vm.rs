@@ -1,0 +1,319 @@
+//! `cargo xtask lab`: the live tests on other kernels, in a VM where KVM, vhost-net and cgroup v2 work.
+//!
+//! One VM per kernel ([`lab::vm`]), one VM at a time on this machine. What it leaves is in `target/vm/SERIES/`: `output` (all
+//! that was printed), `console.log`, `dmesg`, and whatever the commands wrote to `/out`.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "results go to stdout, progress to stderr")]
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use lab::interrupt;
+use lab::vm::{End, Outcome, Vm};
+
+use crate::build::{self, Built};
+use crate::report::{Counts, Report, Verdict};
+use crate::test::{self, TestProgram};
+use crate::{kernel, paths, process};
+
+/// The kernels that kvm-monitor is tried on beside the running one: the oldest promised, and a long-term one.
+const SERIES: [&str; 2] = ["6.1", "6.12"];
+/// For everything that one VM does after its boot.
+const LIMIT: Duration = Duration::from_secs(25 * 60);
+/// For one test program.
+const PROGRAM_LIMIT: &str = "12m";
+/// What stands before lines that the commands print for us.
+const MARK: &str = "lab-vm:";
+
+/// What was asked for.
+#[derive(Debug, PartialEq, Eq)]
+struct Request {
+    series: Vec<&'static str>,
+    /// Part of the name of a test program or of a test.
+    filter: Option<String>,
+    command: Vec<String>,
+}
+
+/// The subcommand: whether all tests (or the command) succeeded on each kernel.
+pub(crate) fn run(args: &[String]) -> Result<bool> {
+    let request = parse(args)?;
+    ensure!(process::is_root(), "lab needs root, because it shares the root directory with a VM: use sudo");
+    let built = build::prepare_live()?;
+    let programs = if request.command.is_empty() { test::compile()? } else { Vec::new() };
+    let programs: Vec<_> = programs.into_iter().filter(TestProgram::is_live).collect();
+    interrupt::catch();
+    let mut report = Report::default();
+    let mut succeeded = true;
+    for series in request.series {
+        if request.command.is_empty() {
+            tests(&built, &programs, (series, request.filter.as_deref()), &mut report)?;
+        } else {
+            succeeded &= command(&built, series, &request.command)?;
+        }
+    }
+    Ok(if request.command.is_empty() { report.finish() } else { succeeded })
+}
+
+fn parse(args: &[String]) -> Result<Request> {
+    let mut request = Request { series: SERIES.to_vec(), filter: None, command: Vec::new() };
+    let mut args = args.iter();
+    while let Some(option) = args.next() {
+        match option.as_str() {
+            "--" => {
+                request.command = args.cloned().collect();
+                ensure!(!request.command.is_empty(), "no command after --");
+                break;
+            }
+            "--kernel" => {
+                let wanted = args.next().context("--kernel needs a kernel")?;
+                request.series.retain(|series| wanted == "all" || series == wanted);
+                ensure!(!request.series.is_empty(), "--kernel is one of {} or all", SERIES.join(", "));
+            }
+            "--filter" => request.filter = Some(args.next().context("--filter needs a name")?.clone()),
+            other => bail!("lab takes --kernel, --filter and --, not `{other}`"),
+        }
+    }
+    ensure!(request.filter.is_none() || request.command.is_empty(), "--filter chooses tests, not commands");
+    Ok(request)
+}
+
+/// Runs one command in the directory of the caller.
+fn command(built: &Built, series: &str, words: &[String]) -> Result<bool> {
+    let mut commands = environment(built);
+    let here = env::current_dir().context("the working directory is gone")?;
+    write!(commands, "cd {}\n", quote(&here.to_string_lossy()))?;
+    commands.push_str(&words.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "));
+    let outcome = boot(built, series, commands, |line| println!("{line}"))?;
+    match outcome.end {
+        End::Exited(0) => {}
+        End::Exited(status) => eprintln!("exit status {status}"),
+        End::TimedOut => eprintln!("not done after {} s", LIMIT.as_secs()),
+        End::Died => eprintln!("the VM ended by itself; see {}", out(series).join("console.log").display()),
+    }
+    Ok(outcome.end == End::Exited(0))
+}
+
+/// Runs every live test that the filter leaves, and looks at the state of the kernel afterwards.
+fn tests(
+    built: &Built,
+    programs: &[TestProgram],
+    (series, filter): (&str, Option<&str>),
+    report: &mut Report,
+) -> Result<()> {
+    let mut commands = environment(built);
+    commands.push_str(RUN);
+    let chosen = choose(programs, filter)?;
+    for (program, test) in &chosen {
+        let (file, package) = (program.file.to_string_lossy(), program.package.to_string_lossy());
+        writeln!(commands, "run {} {} {} {}", program.name, quote(&package), quote(&file), quote(test))?;
+    }
+    commands.push_str(LOOK);
+    let mut results = Results::default();
+    let outcome = boot(built, series, commands, |line| results.take(line))?;
+    for (program, _) in &chosen {
+        let name = format!("{series} {}", program.name);
+        match results.ended.get(&program.name) {
+            Some(counts) => report.add_program(&name, *counts),
+            None => report.add(&name, Verdict::Failed(format!("did not end: {:?}", outcome.end))),
+        }
+    }
+    for (what, complaint) in results.looks {
+        let verdict = if complaint.is_empty() { Verdict::Passed } else { Verdict::Failed(complaint) };
+        report.add(&format!("{series} {what}"), verdict);
+    }
+    Ok(())
+}
+
+/// The programs whose name has the filter in it; or all, with it as the filter of their tests.
+fn choose<'p>(programs: &'p [TestProgram], filter: Option<&str>) -> Result<Vec<(&'p TestProgram, String)>> {
+    let Some(filter) = filter else { return Ok(programs.iter().map(|p| (p, String::new())).collect()) };
+    let named: Vec<_> = programs.iter().filter(|p| p.name.contains(filter)).collect();
+    if !named.is_empty() {
+        return Ok(named.into_iter().map(|p| (p, String::new())).collect());
+    }
+    let mut chosen = Vec::new();
+    for program in programs {
+        if test::list(program)?.iter().any(|test| test.contains(filter)) {
+            chosen.push((program, filter.to_owned()));
+        }
+    }
+    ensure!(!chosen.is_empty(), "no live test has `{filter}` in its name");
+    Ok(chosen)
+}
+
+/// Runs a test program: NAME PACKAGE FILE FILTER.
+const RUN: &str = r#"
+run() {
+  local begin=$SECONDS status
+  echo "lab-vm: begin $1"
+  (cd "$2" && CARGO_MANIFEST_DIR=$2 timeout --kill-after=30s "$limit" "$3" --test-threads=1 --nocapture ${4:+"$4"})
+  status=$?
+  echo "lab-vm: end $1 $status $((SECONDS - begin))"
+}
+"#;
+
+/// The kernel's complaints, and what is left attached. A CPU that stood still is the fault of the outer machine.
+const LOOK: &str = r#"
+dmesg >/out/dmesg
+bad=$(grep -E 'WARNING: |BUG: |Oops|general protection|INFO: task .* blocked' /out/dmesg | grep -v 'soft lockup' | head -5 | tr '\n' ' ')
+echo "lab-vm: look no warning of the kernel;$bad"
+sleep 0.5
+left=$(bpftool --json prog show | tr -d '\n')
+if [ "$left" = "[]" ]; then left=; fi
+echo "lab-vm: look no BPF program is left;$left"
+"#;
+
+/// What the tests said.
+#[derive(Default)]
+struct Results {
+    current: Counts,
+    seen: bool,
+    ended: BTreeMap<String, Counts>,
+    looks: Vec<(String, String)>,
+}
+
+impl Results {
+    fn take(&mut self, line: &str) {
+        let Some(mark) = line.strip_prefix(MARK) else {
+            println!("{line}");
+            if let Some(counts) = Counts::parse(line) {
+                (self.current, self.seen) = (counts, true);
+            }
+            return;
+        };
+        let words: Vec<_> = mark.split_whitespace().collect();
+        match words[..] {
+            ["begin", name] => {
+                eprintln!("\n--- {name}");
+                (self.current, self.seen) = (Counts::default(), false);
+            }
+            ["end", name, status, seconds] => {
+                eprintln!("--- {name}: status {status} after {seconds} s");
+                // A crash prints no sum, or a good one before it.
+                if (status != "0" || !self.seen) && self.current.failed == 0 {
+                    self.current.failed = 1;
+                }
+                self.ended.insert(name.to_owned(), self.current);
+            }
+            ["look", ..] => {
+                let (what, complaint) =
+                    mark.trim_start_matches(" look ").split_once(';').unwrap_or((mark, ""));
+                self.looks.push((what.to_owned(), complaint.trim().to_owned()));
+            }
+            _ => println!("{line}"),
+        }
+    }
+}
+
+/// Boots the VM of a kernel and says how long it took.
+fn boot(built: &Built, series: &str, commands: String, line: impl FnMut(&str)) -> Result<Outcome> {
+    let vm = Vm {
+        kernel_dir: kernel::of_series(series)?,
+        init: built.guest_init.with_file_name("host"),
+        out: out(series),
+        commands,
+        limit: LIMIT,
+        cpus: 2,
+        memory_mib: 3072,
+    };
+    fs::create_dir_all(&vm.out).with_context(|| format!("cannot make {}", vm.out.display()))?;
+    let _one_at_a_time = lock()?;
+    let name = vm.kernel_dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    eprintln!("lab: booting {name}");
+    let outcome = vm.run(line)?;
+    let (boot, commands) = (outcome.boot.as_secs_f64(), outcome.commands.as_secs_f64());
+    eprintln!("lab: {name}: up after {boot:.1} s, {commands:.1} s of work; {}", vm.out.display());
+    Ok(outcome)
+}
+
+/// A VM takes more than one CPU: two at a time would only make both slow, and their tests fail.
+fn lock() -> Result<File> {
+    let path = paths::cache().join("lab.lock");
+    fs::create_dir_all(paths::cache())?;
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let mut said = false;
+    while file.try_lock().is_err() {
+        if !said {
+            eprintln!("lab: waiting for the VM of somebody else ({})", path.display());
+            said = true;
+        }
+        interrupt::check()?;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    Ok(file)
+}
+
+fn out(series: &str) -> PathBuf {
+    paths::target().join("vm").join(series)
+}
+
+/// What the programs in the VM find in their environment.
+fn environment(built: &Built) -> String {
+    let set = |name: &str, value: &Path| format!("export {name}={}\n", quote(&value.to_string_lossy()));
+    [
+        set("KVM_MONITOR_BIN", &built.monitor),
+        set("KVM_MONITOR_GUEST_INIT", &built.guest_init),
+        set("KVM_MONITOR_LAB_KERNEL", &built.kernel_dir),
+        set("KVM_MONITOR_LAB_DIR", Path::new("/scratch")),
+        format!("export KVM_MONITOR_LAB_ACCELERATOR=kvm\nlimit={PROGRAM_LIMIT}\n"),
+    ]
+    .concat()
+}
+
+/// A word as the shell takes it.
+fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(words: &[&str]) -> Result<Request> {
+        parse(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn a_request_names_kernels_and_tests_or_a_command() {
+        let all = parsed(&[]).unwrap();
+        assert_eq!((all.series, all.filter, all.command.len()), (SERIES.to_vec(), None, 0));
+        let one = parsed(&["--kernel", "6.12", "--filter", "live_kvm"]).unwrap();
+        assert_eq!((one.series, one.filter.as_deref()), (vec!["6.12"], Some("live_kvm")));
+        assert_eq!(parsed(&["--kernel", "all", "--", "sh", "--kernel"]).unwrap().command, ["sh", "--kernel"]);
+        for wrong in [&["--kernel", "5.4"][..], &["--kernel"], &["x"], &["--"], &["--filter", "x", "--", "y"]]
+        {
+            assert!(parsed(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn results_are_read_from_the_output() {
+        let mut results = Results::default();
+        let lines = [
+            "lab-vm: begin live_a",
+            "test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out",
+            "lab-vm: end live_a 0 3",
+            "lab-vm: begin live_b",
+            "lab-vm: end live_b 137 9",
+            "lab-vm: look no warning of the kernel;",
+            "lab-vm: look no BPF program is left;[{\"id\":1}]",
+        ];
+        lines.iter().for_each(|line| results.take(line));
+        assert_eq!(results.ended["live_a"], Counts { passed: 2, failed: 0, skipped: 1 });
+        assert_eq!(results.ended["live_b"].failed, 1, "it crashed");
+        let complaints: Vec<_> = results.looks.iter().map(|(_, complaint)| complaint.as_str()).collect();
+        assert_eq!(complaints, ["", "[{\"id\":1}]"]);
+    }
+
+    #[test]
+    fn words_survive_the_shell() {
+        let output = process::output(
+            std::process::Command::new("sh").args(["-c", &format!("printf %s {}", quote("a 'b' $c"))]),
+        );
+        assert_eq!(output.unwrap(), "a 'b' $c");
+    }
+}
