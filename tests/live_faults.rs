@@ -62,7 +62,7 @@ fn a_reader_that_leaves_is_a_success() {
 fn a_full_disk_is_an_error() {
     let stage = stage();
     let before = bpf_objects();
-    let ended = stage.run(&["--output", "/dev/full", "--interval", "50ms"]).end();
+    let ended = stage.run(&["--output", "/dev/full", "--interval", "50ms", "--libvirt", "off"]).end();
     ended.assert_error(&["/dev/full", "No space left"]);
     assert_nothing_left(&before, &BTreeSet::new());
 }

@@ -38,6 +38,8 @@ enum Presence {
     StaticLibrary(&'static str),
     /// A module of the system's Python.
     PythonModule(&'static str),
+    /// The daemon that serves files to a VM, which is in no `PATH`.
+    FileServer,
 }
 
 struct Item {
@@ -51,11 +53,11 @@ struct Item {
     arch: &'static str,
 }
 
-use Presence::{PkgConfig, Program, PythonModule, StaticLibrary};
+use Presence::{FileServer, PkgConfig, Program, PythonModule, StaticLibrary};
 use Scope::{Build, Guests};
 
 #[rustfmt::skip] // A table.
-const ITEMS: [Item; 15] = [
+const ITEMS: [Item; 17] = [
     Item { name: "cc", scope: Build, why: "links every Rust program", presence: Program("cc"),
            debian: "gcc libc6-dev", fedora: "gcc glibc-devel", arch: "gcc" },
     Item { name: "pkg-config", scope: Build, why: "finds the libvirt library", presence: Program("pkg-config"),
@@ -86,7 +88,14 @@ const ITEMS: [Item; 15] = [
            debian: "cpio", fedora: "cpio", arch: "cpio" },
     Item { name: "xz", scope: Guests, why: "unpacks compressed kernel modules", presence: Program("xz"),
            debian: "xz-utils", fedora: "xz", arch: "xz" },
+    Item { name: "virtiofsd", scope: Guests, why: "shares this machine's files with the VMs of `cargo xtask lab`", presence: FileServer,
+           debian: FILE_SERVER_PACKAGE, fedora: "virtiofsd", arch: "virtiofsd" },
+    Item { name: "mkfs.ext4", scope: Guests, why: "formats the disk of the VMs of `cargo xtask lab`", presence: Program("mkfs.ext4"),
+           debian: "e2fsprogs", fedora: "e2fsprogs", arch: "e2fsprogs" },
 ];
+
+/// Debian 12's QEMU brings its own; later releases have a package for it, and QEMU's common files anyway.
+const FILE_SERVER_PACKAGE: &str = "qemu-system-common";
 
 /// The subcommand: prepares everything and reports on each item.
 pub(crate) fn run(args: &[String]) -> Result<()> {
@@ -155,6 +164,7 @@ impl Presence {
                 let answer = process::output(Command::new("cc").arg(format!("-print-file-name={name}")));
                 answer.is_ok_and(|path| Path::new(path.trim()).is_absolute())
             }
+            FileServer => lab::vm::file_server().is_ok(),
             PythonModule(module) => {
                 let find = format!("import importlib.util as u, sys; sys.exit(not u.find_spec('{module}'))");
                 process::succeeds(Command::new("/usr/bin/python3").args(["-c", &find]))

@@ -85,7 +85,7 @@ fn parse(args: &[String]) -> Result<Request> {
 fn command(built: &Built, series: &str, words: &[String]) -> Result<bool> {
     let mut commands = environment(built);
     let here = env::current_dir().context("the working directory is gone")?;
-    write!(commands, "cd {}\n", quote(&here.to_string_lossy()))?;
+    writeln!(commands, "cd {}", quote(&here.to_string_lossy()))?;
     commands.push_str(&words.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "));
     let outcome = boot(built, series, commands, |line| println!("{line}"))?;
     match outcome.end {

@@ -143,6 +143,15 @@ impl Vm {
     }
 }
 
+/// The program that serves files to a VM by virtiofs.
+///
+/// # Errors
+/// If there is none.
+pub fn file_server() -> Result<PathBuf> {
+    let server = FILE_SERVERS.into_iter().map(PathBuf::from).find(|server| server.is_file());
+    server.map_or_else(|| find_program("virtiofsd", "virtiofsd or qemu-system-common"), Ok)
+}
+
 /// The last lines of a console.
 fn tail(console: &[u8]) -> String {
     let text = String::from_utf8_lossy(console);
@@ -221,15 +230,13 @@ struct Machine {
 
 impl Machine {
     fn start(vm: &Vm, place: &Place) -> Result<Self> {
-        let server = FILE_SERVERS.into_iter().map(PathBuf::from).find(|server| server.is_file());
-        let server =
-            server.map_or_else(|| find_program("virtiofsd", "virtiofsd or qemu-system-common"), Ok)?;
+        let server = file_server()?;
         let mut machine = Self { processes: Vec::new() };
         let shares = [(ROOT, Path::new("/")), (OUT, &vm.out)];
         for share in shares {
             // It talks about every reset of a queue.
             let log = File::create(place.directory.join(format!("{}.log", share.0)))?;
-            machine.spawn(file_server(&server, place, share)?.stderr(log))?;
+            machine.spawn(share_files(&server, place, share)?.stderr(log))?;
         }
         let deadline = Instant::now() + Duration::from_secs(10);
         while ![ROOT, OUT].iter().all(|tag| place.socket(tag).exists()) {
@@ -267,7 +274,7 @@ impl Drop for Machine {
 }
 
 /// Serves the whole machine, read-only for the server too, whatever the VM asks for; or the writable share.
-fn file_server(server: &Path, place: &Place, (tag, directory): (&str, &Path)) -> Result<Command> {
+fn share_files(server: &Path, place: &Place, (tag, directory): (&str, &Path)) -> Result<Command> {
     const READ_ONLY: &str = r#"
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run # For its pid file, and so that the VM does not see this machine's.

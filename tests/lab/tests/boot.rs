@@ -17,7 +17,7 @@ fn a_guest_reports_what_it_did() {
     let nic = NicSpec::new("tap-boot", 1);
     let script = format!(
         "{} wait cpu=all:0.2s burn=cpu1:0.2s write=vda:100x4096 flush=vda:1 read=vda:50x65536 read=vdb:5x4096 \
-         bwrite=vdb:10x4096 discard=vda:0+65536 mem=8M udp=10.77.1.1:5000x200x1000B udprx=6000x0.8s",
+         bwrite=vdb:10x4096 discard=vda:0+65536 mem=8M udp=10.77.1.1:5000x200x1000B udprx=6000x2.5s",
         nic.net_step("eth0")
     );
     let qcow2 = DiskSpec { format: ImageFormat::Qcow2, iothread: Some(1), ..DiskSpec::raw("vdb", 8 << 20) };
