@@ -20,6 +20,7 @@ use monitor::{
         timestamp,
     },
     sample::{CulpritKind, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail},
+    source::ebpf::{ExitReason, ExitReasons},
     units::{Bytes, Count, DomainUuid, MonotonicNs, Nanos, SourceKind, Tgid, Tid, Unit, VcpuIndex, Window},
 };
 use serde_json::Value;
@@ -242,7 +243,18 @@ fn detail(ticks: u64) -> VcpuDetail {
                 culprit("idle", CulpritKind::Idle, None, 500),
             ]
         }),
+        exits: histograms.then(|| ExitReasons {
+            guest: vec![
+                reason("HLT", 100, Some(4_000_000_000)),
+                reason("IO_INSTRUCTION", 1_001, Some(20_000_000)),
+            ],
+            userspace: vec![reason("IO", 1_001, None)],
+        }),
     }
+}
+
+fn reason(name: &'static str, count: u64, ns: Option<u64>) -> ExitReason {
+    ExitReason { name: name.into(), count, ns }
 }
 
 fn put(values: &mut Values, source: SourceKind, metric: Metric, number: u64) {

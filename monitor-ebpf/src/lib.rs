@@ -8,7 +8,10 @@
 //! refuses, hence the `ZERO` constants.
 #![no_std]
 
+mod exits;
 mod shared;
+
+pub use exits::*;
 pub use shared::*;
 
 /// Bits in the first-stage filter: bit `tid % FILTER_BITS` is set for every followed thread.

@@ -358,9 +358,16 @@ fn may_be_followed(filter: &Filter, tid: u32) -> bool {
     filter.0[(bit / 64) as usize] >> (bit % 64) & 1 != 0
 }
 
+/// The first look of [`may_be_followed`], for programs that look for one thread only.
+#[inline(always)]
+pub(crate) fn is_followed(tid: u32) -> bool {
+    // SAFETY: a valid map value for the life of the program; user space changes whole words.
+    FILTER.get_ptr(0).is_some_and(|filter| may_be_followed(unsafe { &*filter }, tid))
+}
+
 /// The slot of a followed thread.
 #[inline(always)]
-fn followed(tid: u32) -> Option<&'static mut Thread> {
+pub(crate) fn followed(tid: u32) -> Option<&'static mut Thread> {
     // SAFETY: a valid map value for the life of the program; user space changes whole words.
     let table = unsafe { &*TABLE.get_ptr(0)? };
     let start = table_start(tid);

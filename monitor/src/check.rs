@@ -73,6 +73,9 @@ fn probe_lines(text: &mut String, ebpf: &Ebpf) {
             Some(reason) => line(text, &name, Err(&reason)),
         }
     }
+    if let Some(caveat) = ebpf.kvm_caveat() {
+        line(text, "  guest mode", Err(caveat));
+    }
 }
 
 fn check_libvirt(text: &mut String, args: &SourceArgs) -> bool {
@@ -102,6 +105,13 @@ fn check_procfs(text: &mut String) -> bool {
             let n = found.started.len();
             let detail = format!("{n} QEMU process{} visible", if n == 1 { "" } else { "es" });
             line(text, "procfs", Ok(&detail));
+            let emulated = found.started.iter().filter(|qemu| !qemu.args.kvm).count();
+            if emulated > 0 {
+                let detail = format!(
+                    "{emulated} of {n} emulated (TCG): they never enter KVM, so exits, halts and guest_ns are absent for them"
+                );
+                line(text, "  KVM guests", Err(&detail));
+            }
         }
         Err(error) => {
             line(text, "procfs", Err(&crate::one_line(&error)));

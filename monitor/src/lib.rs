@@ -14,7 +14,7 @@
 //! | [`inventory`] | which domains exist and what belongs to them | metrics |
 //! | [`source`] | turns one source into values, or says why not | other sources, output |
 //! | [`tracker`] | merges the sources' domains, follows threads | time, output |
-//! | [`ledger`], [`model`] | arithmetic on readings and samples | I/O, clocks, JSON |
+//! | [`ledger`], [`split`], [`model`] | arithmetic on readings and samples | I/O, clocks, JSON |
 //! | [`record`], [`sink`] | define the lines; write them | where numbers came from |
 //! | [`reconcile`] | says whether two sources can both be right, and which known causes make them differ | I/O, clocks, JSON |
 //! | [`compare`] | lines of a stream → a report of how accurate each source is | I/O, clocks, JSON |
@@ -44,6 +44,7 @@ pub mod run;
 pub mod sample;
 pub mod sink;
 pub mod source;
+pub mod split;
 pub mod tracker;
 pub mod units;
 

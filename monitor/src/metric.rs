@@ -171,6 +171,22 @@ metrics! {
         "Times the vCPU thread got another CPU than before.";
     VcpuNodeMigrations: Vcpu, "node_migrations", Count, Counter, [Ebpf], Slow,
         "Those of the migrations that led to another NUMA node.";
+    VcpuGuest: Vcpu, "guest_ns", Nanoseconds, Counter, [Ebpf], Slow,
+        "Part of run_ns in guest mode, from kvm_entry to kvm_exit, the stay in progress included. guest_ns + host_ns + halt_poll_ns is run_ns. Absent for emulated (TCG) guests, as are all that follow.";
+    VcpuHost: Vcpu, "host_ns", Nanoseconds, Counter, [Ebpf], Slow,
+        "Part of run_ns outside guest mode, in KVM and in QEMU; with polling where halt_poll_ns is absent.";
+    VcpuHaltPoll: Vcpu, "halt_poll_ns", Nanoseconds, Counter, [Ebpf], Slow,
+        "Part of run_ns in which KVM polled for the end of a halt, by KVM's own statistics.";
+    VcpuExits: Vcpu, "exits", Count, Counter, [Ebpf], Slow,
+        "Exits from guest mode (kvm_exit).";
+    VcpuUserspaceExits: Vcpu, "userspace_exits", Count, Counter, [Ebpf], Slow,
+        "Returns of KVM_RUN to QEMU (kvm_userspace_exit).";
+    VcpuKicks: Vcpu, "kicks", Count, Counter, [Ebpf], Slow,
+        "Part of userspace_exits that a signal of QEMU or its immediate_exit caused (EINTR).";
+    VcpuHalts: Vcpu, "halts", Count, Counter, [Ebpf], Slow,
+        "Halts in the kernel that ended (kvm_vcpu_wakeup).";
+    VcpuHaltsPolled: Vcpu, "halts_polled", Count, Counter, [Ebpf], Slow,
+        "Part of halts that ended while KVM polled: the vCPU thread did not sleep.";
     InterfaceRxBytes: Interface, "rx_bytes", Bytes, Counter, [Libvirt], Fast,
         "Bytes received by the guest. libvirt: net.N.rx.bytes.";
     InterfaceRxPackets: Interface, "rx_packets", Count, Counter, [Libvirt], Fast,

@@ -346,8 +346,9 @@ impl Runner {
             },
             |libvirt| libvirt.info.clone(),
         );
-        let ebpf =
-            SourceInfo { available: ebpf_reason.is_none(), reason: ebpf_reason, details: BTreeMap::new() };
+        let caveat = self.tracker.ebpf().and_then(Ebpf::kvm_caveat);
+        let details = caveat.map(|caveat| ("kvm", caveat.to_owned())).into_iter().collect();
+        let ebpf = SourceInfo { available: ebpf_reason.is_none(), reason: ebpf_reason, details };
         let procfs = SourceInfo { available: true, reason: None, details: BTreeMap::new() };
         let session = Session {
             schema_version: SCHEMA_VERSION,

@@ -5,6 +5,7 @@
 
 use crate::{
     metric::{Cadence, Metric, Scope},
+    source::ebpf::ExitReasons,
     units::{Quantity, SourceKind, Window},
 };
 
@@ -136,6 +137,8 @@ pub struct VcpuDetail {
     pub run_hist: Option<Vec<[u64; 3]>>,
     /// Who had the CPU during those waits, the most first.
     pub preempted_by: Option<Vec<PreemptedBy>>,
+    /// Exits by reason since the thread is followed.
+    pub exits: Option<ExitReasons>,
 }
 
 /// Who had a CPU that a vCPU waited for.

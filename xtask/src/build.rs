@@ -20,6 +20,8 @@ pub(crate) struct Built {
     pub(crate) monitor: PathBuf,
     /// The static program that is PID 1 of a lab guest.
     pub(crate) guest_init: PathBuf,
+    /// The program that leaves guest mode exactly as often as it is asked to.
+    pub(crate) kvmex: PathBuf,
     /// Has `boot/vmlinuz-*` and `lib/modules/*`.
     pub(crate) kernel_dir: PathBuf,
     /// Where builds go, and where results may.
@@ -32,6 +34,7 @@ pub(crate) fn prepare_live() -> Result<Built> {
     Ok(Built {
         monitor: monitor()?,
         guest_init: guest_init()?,
+        kvmex: kvmex()?,
         kernel_dir: kernel::prepare()?,
         target_dir: paths::target(),
     })
@@ -96,6 +99,12 @@ pub(crate) fn guest_init() -> Result<PathBuf> {
     command.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
     process::run_tailed(&mut command)?;
     Ok(paths::target().join(triple).join("release/guest"))
+}
+
+fn kvmex() -> Result<PathBuf> {
+    let mut command = host_cargo("build")?;
+    process::run_tailed(command.args(["--package", "kvmex"]))?;
+    Ok(paths::target().join("debug/kvmex"))
 }
 
 /// `cargo SUBCOMMAND` that builds for this host, with the BPF object built and named.

@@ -40,6 +40,15 @@ impl TestProgram {
     }
 }
 
+impl TestProgram {
+    /// What this machine lacks for this program only.
+    fn obstacle(&self) -> Option<String> {
+        let kvm = Path::new("/dev/kvm");
+        let lacks = self.name == "live_kvm" && !kvm.exists();
+        lacks.then(|| format!("this machine has no {}", kvm.display()))
+    }
+}
+
 /// The subcommand: whether everything that ran passed.
 pub(crate) fn run(args: &[String]) -> Result<bool> {
     let words: Vec<_> = args.iter().map(String::as_str).collect();
@@ -190,7 +199,11 @@ fn run_live(programs: &[TestProgram], report: &mut Report) -> Result<()> {
         None => build::prepare_live().map_err(|error| format!("{error:#}")),
     };
     for program in programs {
-        match &built {
+        let built = match program.obstacle() {
+            Some(obstacle) => &Err(obstacle),
+            None => &built,
+        };
+        match built {
             Ok(built) => {
                 eprintln!("\n--- {} (as root, with a real guest)", program.name);
                 run_program(program, &mut live_command(program, built), report)?;
@@ -220,6 +233,7 @@ fn live_command(program: &TestProgram, built: &Built) -> Command {
     command.args(["--foreground", "--kill-after=30s", LIVE_LIMIT]).arg(&program.file).arg("--test-threads=1");
     command.env("KVM_MONITOR_BIN", &built.monitor);
     command.env("KVM_MONITOR_GUEST_INIT", &built.guest_init);
+    command.env("KVM_MONITOR_KVMEX", &built.kvmex);
     command.env("KVM_MONITOR_LAB_KERNEL", &built.kernel_dir);
     command
 }

@@ -110,7 +110,7 @@ pub struct SourceInfo {
 pub struct ProbeInfo {
     /// Its name.
     pub name: &'static str,
-    /// `attached`, `failed` or `off`.
+    /// `attached`, `waiting` (what it hangs on is not there yet; it is attached later), `failed` or `off`.
     pub state: &'static str,
     /// If it is not attached: why, and what is lost.
     #[serde(skip_serializing_if = "Option::is_none")]

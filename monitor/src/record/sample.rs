@@ -12,6 +12,7 @@ use crate::{
     metric::{Kind, Metric, MetricDef},
     model::{self, rate},
     sample::{DomainSample, ReadClass, Values},
+    source::ebpf::ExitReason,
     units::{MonotonicNs, SourceKind},
 };
 
@@ -318,11 +319,34 @@ impl Serialize for Entity<'_> {
             if let Some(culprits) = &detail.preempted_by {
                 map.serialize_entry("preempted_by", culprits)?;
             }
+            let exits = detail.exits.as_ref().map(|exits| [&exits.guest, &exits.userspace]);
+            for (name, reasons) in
+                ["exit_reasons", "userspace_exit_reasons"].into_iter().zip(exits.into_iter().flatten())
+            {
+                if !reasons.is_empty() {
+                    map.serialize_entry(name, &Reasons(reasons))?;
+                }
+            }
             if let Some(state) = detail.state {
                 map.serialize_entry("state", state)?;
             }
         }
         map.end()
+    }
+}
+
+/// `{NAME: {count, ns}}`.
+struct Reasons<'a>(&'a [ExitReason]);
+
+impl Serialize for Reasons<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Counted {
+            count: u64,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            ns: Option<u64>,
+        }
+        to.collect_map(self.0.iter().map(|r| (&r.name, Counted { count: r.count, ns: r.ns })))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The JSON Schema of the stream: derived from the record types, and for samples from the metric table.
 
 use schemars::{Schema, SchemaGenerator, json_schema};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Record, SCHEMA_VERSION};
 use crate::{
@@ -138,7 +138,28 @@ pub(super) fn vcpus(generator: &mut SchemaGenerator) -> Schema {
             "description": format!("Lengths of {of} that ended since the last histogram: [from, to, count], ns.")
         })
     };
+    let reasons = |what: &str, properties: Value, required: Value| {
+        json_schema!({
+            "type": "object", "description": format!("{what}, by the kernel's names, since the thread is followed."),
+            "additionalProperties": {
+                "type": "object", "properties": properties, "required": required, "additionalProperties": false
+            }
+        })
+    };
+    let count = json!({ "type": "integer", "minimum": 1 });
+    let ns = json!({
+        "type": "integer", "minimum": 0,
+        "description": "Time outside guest mode by the wall clock, sleep and the time in progress included, ns."
+    });
     let derived = [
+        (
+            "exit_reasons",
+            reasons("Exits from guest mode", json!({ "count": count, "ns": ns }), json!(["count", "ns"])),
+        ),
+        (
+            "userspace_exit_reasons",
+            reasons("Returns of KVM_RUN to QEMU", json!({ "count": count }), json!(["count"])),
+        ),
         ("wait_hist_ns", histogram("waits")),
         ("run_hist_ns", histogram("runs")),
         ("preempted_by", generator.subschema_for::<Vec<crate::sample::PreemptedBy>>()),

@@ -66,6 +66,14 @@ pub struct ProgramRuns {
 mod times;
 pub use times::{Doing, Happened, ProcessTimes, ThreadTimes, Torn};
 
+#[path = "ebpf/exits.rs"]
+mod exits;
+pub use exits::{ExitReason, ExitReasons, KvmFigures};
+
+#[path = "ebpf/exit_names.rs"]
+mod exit_names;
+pub use exit_names::{exit_name, userspace_name};
+
 impl Ebpf {
     /// Never succeeds.
     ///
@@ -174,6 +182,31 @@ impl Ebpf {
     /// None exists.
     #[must_use]
     pub fn changes(&self) -> Option<OwnedFd> {
+        match *self {}
+    }
+    /// None exists.
+    #[must_use]
+    pub fn kvm_figures(&self, _: &Slot) -> Option<KvmFigures> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn exit_reasons(&self, _: &Slot) -> Option<ExitReasons> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn kvm_caveat(&self) -> Option<&'static str> {
+        match *self {}
+    }
+
+    /// None exists.
+    ///
+    /// # Errors
+    /// None.
+    pub fn look(&mut self) -> Result<Option<&'static str>, EbpfError> {
         match *self {}
     }
 }

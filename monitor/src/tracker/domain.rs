@@ -11,12 +11,13 @@ use crate::{
     sample::{CulpritKind, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail},
     source::{
         ebpf::{
-            Culprit, Ebpf, GroupSlot, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL, KIND_PROCESS,
+            Culprit, Ebpf, GroupSlot, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL, KIND_PROCESS, KvmFigures,
             ProcessSlot, ProcessTimes, Slot, ThreadTimes, Torn,
         },
         libvirt::stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats},
         procfs::{self, ProcessReader, ProcfsError, ThreadReader},
     },
+    split::{Figures, Split},
     units::{Bytes, Count, MonotonicNs, Nanos, SourceKind, VcpuIndex, Window},
 };
 
@@ -59,6 +60,7 @@ pub(super) struct Thread {
     pub(super) file: Option<ThreadReader>,
     pub(super) slot: Option<Slot>,
     ledger: Ledger,
+    split: Split,
     /// As of the last sample that had them.
     histograms: Option<Box<Histograms>>,
 }
@@ -169,18 +171,28 @@ impl Tracked {
         self.sample.begin(ReadClass::Ebpf);
         let (mut lost, mut run_sum, mut clock) = (0, Some(0), None);
         let with_histograms = self.histograms_due(window.begin);
+        let on_kvm = self.domain.virt_type.as_deref() == Some("kvm");
         let entities = self.sample.vcpus.iter_mut().zip(&mut self.sample.vcpu_details);
         for (thread, (values, detail)) in self.threads.iter_mut().zip(entities) {
             let times = thread.slot.as_ref().and_then(|slot| ebpf.times(slot));
             let parts = times.map(|times| (times, thread.ledger.add(times)));
             clock = clock.or(times.map(|times| times.sched_ns));
+            let mut with_exits = false;
             if let Some((times, Some(parts))) = parts {
                 put_vcpu(values, &times, &parts);
                 run_sum = run_sum.map(|sum: u64| sum + times.run_ns);
                 detail.state = Some(times.doing.name());
+                let figures = thread.slot.as_ref().and_then(|slot| ebpf.kvm_figures(slot));
+                if let Some(figures) = figures.filter(|figures| on_kvm || figures.any()) {
+                    lost += put_kvm(&mut thread.split, values, times.run_ns, &figures);
+                    with_exits = with_histograms;
+                }
             } else {
                 run_sum = None;
                 lost += u64::from(times.is_some());
+            }
+            if with_exits {
+                detail.exits = thread.slot.as_ref().and_then(|slot| ebpf.exit_reasons(slot));
             }
             if with_histograms {
                 thread.put_histograms(ebpf, detail);
@@ -441,6 +453,23 @@ fn put_vcpu(values: &mut Values, times: &ThreadTimes, parts: &Parts) {
     values.put(EBPF, Metric::VcpuMigrations, Count(parts.counts.migrations));
     values.put(EBPF, Metric::VcpuNodeMigrations, Count(parts.counts.node_migrations));
     values.put(EBPF, Metric::VcpuThrottled, Nanos(times.throttled_ns));
+}
+
+/// Returns how many readings were discarded.
+fn put_kvm(split: &mut Split, values: &mut Values, run_ns: u64, figures: &KvmFigures) -> u64 {
+    const EBPF: SourceKind = SourceKind::Ebpf;
+    values.put_some(EBPF, Metric::VcpuExits, figures.exits.map(Count));
+    values.put(EBPF, Metric::VcpuUserspaceExits, Count(figures.userspace_exits));
+    values.put(EBPF, Metric::VcpuKicks, Count(figures.kicks));
+    values.put(EBPF, Metric::VcpuHalts, Count(figures.halts));
+    values.put(EBPF, Metric::VcpuHaltsPolled, Count(figures.halts_polled));
+    let Some(guest_ns) = figures.guest_ns else { return 0 };
+    let halt_poll_ns = figures.halt_poll_ns;
+    let Some(parts) = split.add(Figures { run_ns, guest_ns, halt_poll_ns }) else { return 1 };
+    values.put(EBPF, Metric::VcpuGuest, Nanos(parts.guest_ns));
+    values.put(EBPF, Metric::VcpuHost, Nanos(parts.host_ns));
+    values.put_some(EBPF, Metric::VcpuHaltPoll, halt_poll_ns.map(|_| Nanos(parts.halt_poll_ns)));
+    0
 }
 
 fn put_interface(values: &mut Values, stats: &InterfaceStats) {

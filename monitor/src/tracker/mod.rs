@@ -183,6 +183,15 @@ impl Tracker {
             self.look_at_threads(i);
         }
         self.seed();
+        match self.ebpf.as_mut().map_or(Ok(None), Ebpf::look) {
+            Ok(None) => {}
+            Ok(Some(news)) => self.notices.push(Notice::Event {
+                kind: EventKind::SourceBack,
+                domain: None,
+                detail: format!("ebpf: {news}"),
+            }),
+            Err(error) => self.count(SourceKind::Ebpf).failed(&error),
+        }
     }
 
     fn process_found(&mut self, found: FoundQemu) {

@@ -91,7 +91,7 @@ fn optional(offset: Result<u32, LayoutError>) -> Result<u32, LayoutError> {
 }
 
 /// The byte offset of `field`, a path of member names joined by dots, inside `structure`.
-fn offset(btf: &Btf, structure: &'static str, field: &'static str) -> Result<u32, LayoutError> {
+pub(super) fn offset(btf: &Btf, structure: &'static str, field: &'static str) -> Result<u32, LayoutError> {
     let missing = LayoutError::NoField { structure, field };
     for found in btf.resolve_types_by_name(structure)? {
         if let Some(bits) = path_bits(btf, found, field)? {

@@ -4,6 +4,9 @@
 //! [`monitor_ebpf::READ_BATCH`] threads brings the intervals in progress up to date. Knows neither domains nor
 //! output.
 
+mod exit_names;
+mod exits;
+mod kvm;
 pub mod layout;
 mod mapped;
 pub mod probes;
@@ -14,6 +17,8 @@ mod times;
 use std::{io, os::fd::OwnedFd, path::Path};
 
 pub use self::{
+    exit_names::{exit_name, userspace_name},
+    exits::{ExitReason, ExitReasons, KvmFigures},
     process::ProcessSlot,
     sched::{GroupSlot, Keep, NotFollowed, Slot},
     times::{Doing, Happened, ProcessTimes, ThreadTimes, Torn},
@@ -30,6 +35,7 @@ pub use monitor_ebpf::{
 use monitor_ebpf::{Layout, Nodes};
 
 use self::{
+    kvm::Kvm,
     layout::LayoutError,
     mapped::Mapped,
     probes::{Attach, Need, PROBES, Probe, ProbeGroup, ProbeState},
@@ -102,6 +108,7 @@ pub struct Ebpf {
     states: Vec<(Probe, ProbeState)>,
     sched: Option<Sched>,
     processes: Option<Processes>,
+    kvm: Option<Kvm>,
 }
 
 #[repr(transparent)]
@@ -122,7 +129,6 @@ impl Ebpf {
     pub fn open(groups: &[ProbeGroup]) -> Result<Self, EbpfError> {
         let kernel = layout::kernel_types(Path::new(BTF_FILE))?;
         let sched = layout::sched(&kernel);
-        drop(kernel);
         let btf = Btf::from_sys_fs().map_err(EbpfError::Btf)?;
         let mut loader = EbpfLoader::new();
         let sched_layout = sched.as_ref().ok().copied().map(Wire);
@@ -131,9 +137,14 @@ impl Ebpf {
         }
         let nodes = Wire(host::nodes_of_cpus());
         loader.override_global("NODES", &nodes, true);
+        let kvm_places = if groups.contains(&ProbeGroup::Kvm) { kvm::places() } else { 1 };
+        for map in ["VCPU_EXITS", "EXIT_TABLES"] {
+            loader.map_max_entries(map, kvm_places);
+        }
         let mut object = loader.btf(Some(&btf)).load(OBJECT).map_err(|e| EbpfError::Load(one_line(&e)))?;
         let mut this = Attaching { object: &mut object, btf: &btf, groups, states: Vec::new() };
         let with_sched = this.attach(ProbeGroup::Sched, sched.map(drop))?;
+        let with_kvm = this.attach_kvm(with_sched)?;
         let states = this.states;
         if !states.iter().any(|(_, state)| *state == ProbeState::Attached) {
             let refused = states.into_iter().find_map(|(_, state)| match state {
@@ -143,8 +154,10 @@ impl Ebpf {
             return Err(refused.map_or(EbpfError::NoGroup, EbpfError::Refused));
         }
         let sched = if with_sched { Some(Sched::new(&object)?) } else { None };
+        let kvm = if with_kvm { Some(Kvm::new(&object, &kernel)?) } else { None };
+        drop(kernel);
         let processes = if with_sched { Some(Processes::new(&mut object)?) } else { None };
-        let mut this = Self { object, states, sched, processes };
+        let mut this = Self { object, states, sched, processes, kvm };
         if let Some(sched) = &mut this.sched {
             sched.compare_clocks();
         }
@@ -172,7 +185,11 @@ impl Ebpf {
     /// If the scheduling probes do not run, or the kernel tables have no room. Where only the histograms have none, the
     /// rest is kept.
     pub fn follow(&mut self, tid: Tid, keep: Keep, group: Option<&GroupSlot>) -> Result<Slot, NotFollowed> {
-        self.sched.as_mut().ok_or(NotFollowed::Off)?.follow(tid, keep, group)
+        let slot = self.sched.as_mut().ok_or(NotFollowed::Off)?.follow(tid, keep, group)?;
+        if let (Some(kvm), Some(place)) = (&mut self.kvm, slot.place()) {
+            kvm.follow(place);
+        }
+        Ok(slot)
     }
 
     /// Begins to keep a group of sibling threads; `None` if the scheduling probes do not run or there is no room.
@@ -196,8 +213,12 @@ impl Ebpf {
 
     /// Stops following a thread.
     pub fn forget(&mut self, slot: Slot) {
+        let place = slot.place();
         if let Some(sched) = &mut self.sched {
             sched.forget(slot);
+        }
+        if let (Some(kvm), Some(place)) = (&mut self.kvm, place) {
+            kvm.forget(place);
         }
     }
 
@@ -221,6 +242,9 @@ impl Ebpf {
         }
         if let Some(processes) = &self.processes {
             processes.read(&self.object)?;
+        }
+        if let Some(kvm) = &mut self.kvm {
+            kvm.read();
         }
         Ok(Window { begin, end: MonotonicNs::now() })
     }
@@ -281,6 +305,67 @@ impl Ebpf {
     pub fn take_charges(&self, slot: &Slot) -> Option<Charges> {
         self.sched.as_ref()?.take_charges(slot)
     }
+
+    /// What KVM did for a thread, as of the last [`Ebpf::read`]; `None` if the probes of KVM do not run, or the figures
+    /// could not be read.
+    #[must_use]
+    pub fn kvm_figures(&self, slot: &Slot) -> Option<KvmFigures> {
+        let sched = self.sched.as_ref()?;
+        self.kvm.as_ref()?.figures(slot.place()?, &sched.times(slot)?, sched.read_at_ns(slot))
+    }
+
+    /// Exits of a thread by reason, as they are now.
+    #[must_use]
+    pub fn exit_reasons(&self, slot: &Slot) -> Option<ExitReasons> {
+        self.kvm.as_ref()?.reasons(slot.place()?, MonotonicNs::now().0)
+    }
+
+    /// What the probes of KVM cannot tell on this host although they are attached, and why.
+    #[must_use]
+    pub fn kvm_caveat(&self) -> Option<&'static str> {
+        self.kvm.as_ref()?.caveat()
+    }
+
+    /// Attaches what waited for KVM to be loaded, once it is. Returns what there is to tell about it.
+    ///
+    /// # Errors
+    /// If the programs are refused then; they are not tried again.
+    pub fn look(&mut self) -> Result<Option<&'static str>, EbpfError> {
+        if let Some(kvm) = &mut self.kvm {
+            kvm.look()?;
+        } else if self.waits() && kvm::loaded() {
+            return self.attach_late();
+        }
+        Ok(None)
+    }
+
+    fn waits(&self) -> bool {
+        self.states.iter().any(|(_, state)| matches!(state, ProbeState::Waiting(_)))
+    }
+
+    fn attach_late(&mut self) -> Result<Option<&'static str>, EbpfError> {
+        let btf = Btf::from_sys_fs().map_err(EbpfError::Btf)?;
+        self.states.retain(|(_, state)| !matches!(state, ProbeState::Waiting(_)));
+        let groups = &[ProbeGroup::Kvm];
+        let states = std::mem::take(&mut self.states);
+        let mut this = Attaching { object: &mut self.object, btf: &btf, groups, states };
+        let works = this.attach(ProbeGroup::Kvm, Ok(()));
+        self.states = this.states;
+        if works? {
+            let kernel = layout::kernel_types(Path::new(BTF_FILE))?;
+            let mut kvm = Kvm::new(&self.object, &kernel)?;
+            // Threads may be followed already, at any place.
+            kvm.follow(kvm::places() as usize - 1);
+            self.kvm = Some(kvm);
+        }
+        drop(btf);
+        give_memory_back();
+        Ok(Some(if self.kvm.is_some() {
+            "probes of KVM attached: it was loaded"
+        } else {
+            "KVM was loaded, but its probes cannot be attached; see `kvm-monitor check`"
+        }))
+    }
 }
 
 /// The object while its programs are attached, group by group.
@@ -322,6 +407,21 @@ impl Attaching<'_> {
         }
         self.states.extend(states);
         Ok(true)
+    }
+}
+
+impl Attaching<'_> {
+    /// The probes of KVM, which may have to wait for it. True if they are attached.
+    fn attach_kvm(&mut self, with_sched: bool) -> Result<bool, EbpfError> {
+        let group = ProbeGroup::Kvm;
+        match kvm::obstacle(with_sched) {
+            Some(state) if self.groups.contains(&group) => {
+                let probes = PROBES.iter().filter(|probe| probe.group == group);
+                self.states.extend(probes.map(|probe| (*probe, state.clone())));
+                Ok(false)
+            }
+            _ => self.attach(group, Ok(())),
+        }
     }
 }
 
@@ -368,6 +468,11 @@ fn attach(object: &mut Object, probe: &Probe, btf: &Btf) -> Result<(), String> {
             let program: &mut BtfTracePoint = program.try_into().map_err(error)?;
             program.load(name, btf).map_err(error)?;
             program.attach().map_err(error)?;
+        }
+        Attach::RawTracepoint(name) => {
+            let program: &mut RawTracePoint = program.try_into().map_err(error)?;
+            program.load().map_err(error)?;
+            program.attach(name).map_err(error)?;
         }
         Attach::Iterator(of) => {
             let program: &mut Iter = program.try_into().map_err(error)?;

@@ -10,11 +10,13 @@ use crate::record::ProbeInfo;
 pub enum ProbeGroup {
     /// Scheduling of the threads of VMs.
     Sched,
+    /// Exits of vCPUs; needs `sched`.
+    Kvm,
 }
 
 impl ProbeGroup {
     /// Every group.
-    pub const ALL: &[Self] = &[Self::Sched];
+    pub const ALL: &[Self] = &[Self::Sched, Self::Kvm];
 }
 
 /// What a program hangs on.
@@ -22,6 +24,8 @@ impl ProbeGroup {
 pub enum Attach {
     /// A tracepoint of the kernel image, by BTF (`tp_btf`).
     BtfTracepoint(&'static str),
+    /// A tracepoint of the kernel image or of a loaded module, by name (`raw_tp`).
+    RawTracepoint(&'static str),
     /// An iterator over kernel objects, run when user space asks.
     Iterator(&'static str),
     /// Nothing: user space runs it (`BPF_PROG_TEST_RUN` of a raw tracepoint program, Linux 5.10).
@@ -34,6 +38,7 @@ impl Attach {
     pub const fn describe(self) -> &'static str {
         match self {
             Self::BtfTracepoint(_) => "attached to a kernel tracepoint by BTF (tp_btf)",
+            Self::RawTracepoint(_) => "attached to a kernel tracepoint by name (raw_tp)",
             Self::Iterator(_) => "runs when new threads are followed (BPF iterator)",
             Self::OnRequest => "runs once per tick (BPF_PROG_TEST_RUN)",
         }
@@ -106,6 +111,30 @@ pub const PROBES: &[Probe] = &[
         group: ProbeGroup::Sched,
         need: Need::Optional("a thread that never leaves its CPU is not seen until it does"),
     },
+    Probe {
+        program: "kvm_userspace_exit",
+        attach: Attach::RawTracepoint("kvm_userspace_exit"),
+        group: ProbeGroup::Kvm,
+        need: Need::Required,
+    },
+    Probe {
+        program: "kvm_exit",
+        attach: Attach::RawTracepoint("kvm_exit"),
+        group: ProbeGroup::Kvm,
+        need: Need::Optional("exits and the time in guest mode are not known"),
+    },
+    Probe {
+        program: "kvm_entry",
+        attach: Attach::RawTracepoint("kvm_entry"),
+        group: ProbeGroup::Kvm,
+        need: Need::Optional("the time in guest mode is not known"),
+    },
+    Probe {
+        program: "kvm_vcpu_wakeup",
+        attach: Attach::RawTracepoint("kvm_vcpu_wakeup"),
+        group: ProbeGroup::Kvm,
+        need: Need::Optional("halts and the time spent polling are not known"),
+    },
 ];
 
 /// What became of one program.
@@ -115,6 +144,8 @@ pub enum ProbeState {
     Attached,
     /// Its group was not asked for.
     Off,
+    /// What it hangs on is not there yet; it is attached later. Why.
+    Waiting(String),
     /// Refused; the reason.
     Failed(String),
 }
@@ -126,6 +157,7 @@ impl ProbeState {
         let (state, reason) = match (self, probe.need) {
             (Self::Attached, _) => ("attached", None),
             (Self::Off, _) => ("off", Some("left out by --probes".to_owned())),
+            (Self::Waiting(why), _) => ("waiting", Some(why.clone())),
             (Self::Failed(why), Need::Optional(lost)) => {
                 ("failed", Some(format!("{why}; without it, {lost}")))
             }

@@ -33,6 +33,13 @@ pub struct Slot {
     histograms: Option<u32>,
 }
 
+impl Slot {
+    /// The place of what is kept beside its times and counts, if anything is.
+    pub(super) fn place(&self) -> Option<usize> {
+        self.histograms.map(|place| place as usize)
+    }
+}
+
 /// A group of siblings.
 #[derive(Debug, PartialEq, Eq)]
 pub struct GroupSlot(u16);
@@ -304,6 +311,11 @@ impl Sched {
             },
             last: reading.status == READ_LAST,
         })
+    }
+
+    /// `CLOCK_MONOTONIC` of what [`Sched::times`] says, nanoseconds.
+    pub(super) fn read_at_ns(&self, slot: &Slot) -> u64 {
+        self.readings.get(slot.thread as usize).read_at_ns
     }
 
     /// When the followed thread started, nanoseconds after boot; `None` until it was seen.
