@@ -19,7 +19,9 @@ use monitor::{
         ProgramHealth, Record, SCHEMA_VERSION, Session, SourceHealth, SourceInfo, Subject, Summary, Tick,
         timestamp,
     },
-    sample::{CulpritKind, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail},
+    sample::{
+        CulpritKind, DomainSample, InterfaceDetail, PreemptedBy, QueueDetail, ReadClass, Values, VcpuDetail,
+    },
     source::ebpf::{ExitReason, ExitReasons},
     units::{Bytes, Count, DomainUuid, MonotonicNs, Nanos, SourceKind, Tgid, Tid, Unit, VcpuIndex, Window},
 };
@@ -29,10 +31,11 @@ const SECOND: u64 = 1_000_000_000;
 const MIB: u64 = 1 << 20;
 /// Wall clock of the first tick.
 const START_S: i64 = 1_800_000_000;
-const EVERY_CLASS: [ReadClass; 5] = [
+const EVERY_CLASS: [ReadClass; 6] = [
     ReadClass::Ebpf,
     ReadClass::Procfs,
     ReadClass::ProcfsSlow,
+    ReadClass::ProcfsNet,
     ReadClass::LibvirtFast,
     ReadClass::LibvirtSlow,
 ];
@@ -98,6 +101,9 @@ fn interfaces() -> Vec<Interface> {
     let tap = Interface {
         device: "tap1".into(),
         ifindex: Some(12),
+        netns: Some(4_026_531_840),
+        since_ns: Some(90),
+        alias: Some("net0".into()),
         mac: Some("52:54:00:00:00:01".into()),
         kind: "bridge".into(),
         source: Some("br-int".into()),
@@ -110,7 +116,10 @@ fn interfaces() -> Vec<Interface> {
     let user = Interface {
         device: String::new(),
         ifindex: None,
-        mac: None,
+        netns: None,
+        since_ns: None,
+        alias: Some("net1".into()),
+        mac: Some("52:54:00:00:00:02".into()),
         kind: "user".into(),
         source: None,
         model: None,
@@ -192,9 +201,13 @@ impl Replay {
         self.read(class, |sample| {
             each(sample, |number, values| put_all(values, class, (number, ticks)));
             match class {
-                ReadClass::Ebpf => sample.vcpu_details[0] = detail(ticks),
+                ReadClass::Ebpf => {
+                    sample.vcpu_details[0] = detail(ticks);
+                    sample.interface_details[0] = interface_detail(ticks);
+                }
                 ReadClass::LibvirtSlow => sample.balloon_updated_s = u64::try_from(START_S - 3).ok(),
-                ReadClass::Procfs | ReadClass::ProcfsSlow | ReadClass::LibvirtFast => {}
+                ReadClass::Procfs | ReadClass::ProcfsSlow | ReadClass::ProcfsNet | ReadClass::LibvirtFast => {
+                }
             }
         });
     }
@@ -255,6 +268,20 @@ fn detail(ticks: u64) -> VcpuDetail {
 
 fn reason(name: &'static str, count: u64, ns: Option<u64>) -> ExitReason {
     ExitReason { name: name.into(), count, ns }
+}
+
+fn interface_detail(ticks: u64) -> InterfaceDetail {
+    let queue =
+        |n| QueueDetail { received_packets: n, received_bytes: 100 * n, sent_packets: 0, sent_bytes: 0 };
+    InterfaceDetail {
+        rx_drop_reasons: vec![("FULL_RING".into(), 7 + ticks), ("TAP_FILTER".into(), 1)],
+        tx_drop_reasons: vec![("NOT_SPECIFIED".into(), 4)],
+        rx_host_drop_reasons: vec![("QDISC_DROP".into(), 2)],
+        tx_host_drop_reasons: vec![("NETFILTER_DROP".into(), 3)],
+        rx_burst_hist: (ticks % 2 == 1).then(|| vec![[1472, 1536, 9]]),
+        tx_burst_hist: (ticks % 2 == 1).then(Vec::new),
+        queues: vec![queue(5), queue(6)],
+    }
 }
 
 fn put(values: &mut Values, source: SourceKind, metric: Metric, number: u64) {
@@ -574,12 +601,14 @@ fn samples_of_libvirt_alone() {
 /// As without libvirt: no balloon, no requests of the guest.
 #[test]
 fn samples_of_kernel_programs_and_procfs() {
-    let domain = Domain { interfaces: Vec::new(), disks: Vec::new(), balloon: None, ..full() };
+    let tap = Interface { mac: None, alias: None, ..interfaces().swap_remove(0) };
+    let domain = Domain { interfaces: vec![tap], disks: Vec::new(), balloon: None, ..full() };
     let mut replay = Replay::new(domain);
     for _ in 0..2 {
         replay.read_all(ReadClass::Ebpf);
         replay.read_all(ReadClass::Procfs);
         replay.read_all(ReadClass::ProcfsSlow);
+        replay.read_all(ReadClass::ProcfsNet);
         replay.tick();
     }
     assert!(!replay.lines.contains("libvirt") && !replay.lines.contains("used_bytes"));
@@ -670,7 +699,8 @@ fn samples_of_memory() {
 #[test]
 fn events_of_every_kind() {
     use EventKind::{
-        CounterBackwards, CounterReset, LostEvents, Paused, Resumed, SourceBack, SourceLost, Started, Stopped,
+        CounterBackwards, CounterReset, DirectionMismatch, LostEvents, Paused, Resumed, SourceBack,
+        SourceLost, Started, Stopped,
     };
     let kinds = [
         Started,
@@ -679,6 +709,7 @@ fn events_of_every_kind() {
         Resumed,
         CounterReset,
         CounterBackwards,
+        DirectionMismatch,
         SourceLost,
         SourceBack,
         LostEvents,

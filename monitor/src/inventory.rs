@@ -128,8 +128,14 @@ pub struct Interface {
     pub device: String,
     /// Index of the host device, once found.
     pub ifindex: Option<u32>,
+    /// Network namespace of the host device (inode number of `/proc/PID/ns/net`), once found.
+    pub netns: Option<u32>,
+    /// `CLOCK_MONOTONIC` at which the kernel programs began to count the device, nanoseconds.
+    pub since_ns: Option<u64>,
     /// MAC address of the guest's side, lower case.
     pub mac: Option<String>,
+    /// libvirt's name of the guest's device (`<alias name=…>`), for example `net0`.
+    pub alias: Option<String>,
     /// `ethernet`, `bridge`, `network`, `direct`, `hostdev`, `user`, `vhostuser`, ….
     pub kind: String,
     /// Bridge, network or device it is connected to.

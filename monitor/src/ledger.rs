@@ -85,6 +85,12 @@ fn parts(first: &ThreadTimes, now: &ThreadTimes) -> Option<(u64, u64)> {
 /// The buckets in which `now` has more than `before`, as `[from, to, count]`, nanoseconds; `u64::MAX` is no upper end.
 #[must_use]
 pub fn new_in_histogram(before: &Histogram, now: &Histogram) -> Vec<[u64; 3]> {
+    new_in_buckets(before, now)
+}
+
+/// The same for any number of the first buckets, of whatever unit.
+#[must_use]
+pub fn new_in_buckets(before: &[u32], now: &[u32]) -> Vec<[u64; 3]> {
     let mut buckets = Vec::new();
     for (index, (before, now)) in (0..).zip(before.iter().zip(now)).take(BUCKETS) {
         let count = now.wrapping_sub(*before);

@@ -187,22 +187,36 @@ metrics! {
         "Halts in the kernel that ended (kvm_vcpu_wakeup).";
     VcpuHaltsPolled: Vcpu, "halts_polled", Count, Counter, [Ebpf], Slow,
         "Part of halts that ended while KVM polled: the vCPU thread did not sleep.";
-    InterfaceRxBytes: Interface, "rx_bytes", Bytes, Counter, [Libvirt], Fast,
-        "Bytes received by the guest. libvirt: net.N.rx.bytes.";
-    InterfaceRxPackets: Interface, "rx_packets", Count, Counter, [Libvirt], Fast,
-        "Packets received by the guest. libvirt: net.N.rx.pkts.";
-    InterfaceRxErrs: Interface, "rx_errs", Count, Counter, [Libvirt], Fast,
-        "Receive errors. libvirt: net.N.rx.errs.";
-    InterfaceRxDrop: Interface, "rx_drop", Count, Counter, [Libvirt], Fast,
-        "Packets for the guest that were dropped. libvirt: net.N.rx.drop.";
-    InterfaceTxBytes: Interface, "tx_bytes", Bytes, Counter, [Libvirt], Fast,
-        "Bytes sent by the guest. libvirt: net.N.tx.bytes.";
-    InterfaceTxPackets: Interface, "tx_packets", Count, Counter, [Libvirt], Fast,
-        "Packets sent by the guest. libvirt: net.N.tx.pkts.";
-    InterfaceTxErrs: Interface, "tx_errs", Count, Counter, [Libvirt], Fast,
-        "Send errors. libvirt: net.N.tx.errs.";
-    InterfaceTxDrop: Interface, "tx_drop", Count, Counter, [Libvirt], Fast,
-        "Packets from the guest that were dropped. libvirt: net.N.tx.drop.";
+    InterfaceRxBytes: Interface, "rx_bytes", Bytes, Counter, [Ebpf, Procfs, Libvirt], Fast,
+        "Bytes received by the guest, Ethernet header and VLAN tag included. ebpf: given to the host's device since the monitor watches it. procfs: /proc/net/dev, for a tap what the guest's side has read of it. libvirt: net.N.rx.bytes.";
+    InterfaceRxPackets: Interface, "rx_packets", Count, Counter, [Ebpf, Procfs, Libvirt], Fast,
+        "Packets received by the guest; one that is to be segmented (GSO) is one. Sources as for rx_bytes. libvirt: net.N.rx.pkts.";
+    InterfaceRxErrs: Interface, "rx_errs", Count, Counter, [Procfs, Libvirt], Fast,
+        "Receive errors. procfs: /proc/net/dev. libvirt: net.N.rx.errs.";
+    InterfaceRxDrop: Interface, "rx_drop", Count, Counter, [Ebpf, Procfs, Libvirt], Fast,
+        "Packets for the guest that its device on the host did not take. ebpf: since the monitor watches it. procfs: /proc/net/dev. libvirt: net.N.rx.drop.";
+    InterfaceTxBytes: Interface, "tx_bytes", Bytes, Counter, [Ebpf, Procfs, Libvirt], Fast,
+        "Bytes sent by the guest, Ethernet header and VLAN tag included. ebpf: taken from the host's device since the monitor watches it. procfs: /proc/net/dev. libvirt: net.N.tx.bytes.";
+    InterfaceTxPackets: Interface, "tx_packets", Count, Counter, [Ebpf, Procfs, Libvirt], Fast,
+        "Packets sent by the guest; one that is to be segmented (GSO) is one. Sources as for tx_bytes. libvirt: net.N.tx.pkts.";
+    InterfaceTxErrs: Interface, "tx_errs", Count, Counter, [Procfs, Libvirt], Fast,
+        "Send errors. procfs: /proc/net/dev. libvirt: net.N.tx.errs.";
+    InterfaceTxDrop: Interface, "tx_drop", Count, Counter, [Ebpf, Procfs, Libvirt], Fast,
+        "Packets from the guest that were dropped; for a tap procfs (/proc/net/dev) and libvirt (net.N.tx.drop) count also those for which the host had no use. ebpf: macvtap only.";
+    InterfaceRxWirePackets: Interface, "rx_wire_packets", Count, Counter, [Ebpf], Fast,
+        "Packets received by the guest, as many as they are on a wire: after segmentation.";
+    InterfaceTxWirePackets: Interface, "tx_wire_packets", Count, Counter, [Ebpf], Fast,
+        "Packets sent by the guest, as many as they are on a wire: after segmentation.";
+    InterfaceRxBacklog: Interface, "rx_backlog_packets", Count, Gauge, [Ebpf], Fast,
+        "Packets that are in the ring of the guest's tap and that neither QEMU nor vhost has read yet: at least so many, exactly so many while nothing arrives.";
+    InterfaceRxBurstBytes: Interface, "rx_burst_bytes_per_ms", Bytes, Gauge, [Ebpf], Fast,
+        "Most bytes received by the guest in any millisecond since the last sample, 0 if none; one counts up to 60 ms late.";
+    InterfaceRxBurstPackets: Interface, "rx_burst_packets_per_ms", Count, Gauge, [Ebpf], Fast,
+        "Most packets received by the guest in any millisecond, likewise.";
+    InterfaceTxBurstBytes: Interface, "tx_burst_bytes_per_ms", Bytes, Gauge, [Ebpf], Fast,
+        "Most bytes sent by the guest in any millisecond, likewise.";
+    InterfaceTxBurstPackets: Interface, "tx_burst_packets_per_ms", Count, Gauge, [Ebpf], Fast,
+        "Most packets sent by the guest in any millisecond, likewise.";
     DiskRdReq: Disk, "rd_req", Count, Counter, [Libvirt], Slow,
         "Read requests of the guest. libvirt: block.N.rd.reqs.";
     DiskRdBytes: Disk, "rd_bytes", Bytes, Counter, [Libvirt], Slow,
@@ -327,7 +341,8 @@ mod tests {
             for def in scope.metrics() {
                 assert!(seen.insert(def.name), "{} twice", def.name);
                 assert_eq!(def.name.ends_with("_ns"), def.unit == Nanoseconds, "{}", def.name);
-                assert_eq!(def.name.ends_with("_bytes"), def.unit == Bytes, "{}", def.name);
+                let bytes = def.name.ends_with("_bytes") || def.name.ends_with("_bytes_per_ms");
+                assert_eq!(bytes, def.unit == Bytes, "{}", def.name);
                 assert!(!def.sources.is_empty() && def.help.ends_with('.'), "{}", def.name);
             }
         }

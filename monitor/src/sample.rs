@@ -18,6 +18,8 @@ pub enum ReadClass {
     Procfs,
     /// What is dear to read there.
     ProcfsSlow,
+    /// Counters of network devices under `/proc`, of all domains at once.
+    ProcfsNet,
     /// libvirt's cheap groups.
     LibvirtFast,
     /// libvirt's groups that ask QEMU.
@@ -26,12 +28,13 @@ pub enum ReadClass {
 
 impl ReadClass {
     /// How many there are.
-    pub const COUNT: usize = 5;
+    pub const COUNT: usize = 6;
 
     /// Which read brings a metric from a source.
     #[must_use]
     pub const fn of(metric: Metric, source: SourceKind) -> Self {
         match (source, metric.def().cadence) {
+            (SourceKind::Procfs, _) if matches!(metric.def().scope, Scope::Interface) => Self::ProcfsNet,
             (SourceKind::Ebpf, _) => Self::Ebpf,
             (SourceKind::Procfs, Cadence::Fast | Cadence::Slow) => Self::Procfs,
             (SourceKind::Procfs, Cadence::Rare) => Self::ProcfsSlow,
@@ -141,6 +144,38 @@ pub struct VcpuDetail {
     pub exits: Option<ExitReasons>,
 }
 
+/// What a sample says of a network interface beside its metrics; gone once it is written. Directions are the guest's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InterfaceDetail {
+    /// Packets for the guest that the driver of its device dropped, by the kernel's reason, since it is watched.
+    pub rx_drop_reasons: Vec<(String, u64)>,
+    /// Packets of the guest that it dropped.
+    pub tx_drop_reasons: Vec<(String, u64)>,
+    /// Packets for the guest that the host dropped on the way to its device.
+    pub rx_host_drop_reasons: Vec<(String, u64)>,
+    /// Packets of the guest that the host dropped as they came from its device.
+    pub tx_host_drop_reasons: Vec<(String, u64)>,
+    /// Windows of 1 ms by bytes received in them since the last histogram, as `[from, to, count]`.
+    pub rx_burst_hist: Option<Vec<[u64; 3]>>,
+    /// Likewise, by bytes sent.
+    pub tx_burst_hist: Option<Vec<[u64; 3]>>,
+    /// By queue, if there is more than one.
+    pub queues: Vec<QueueDetail>,
+}
+
+/// What one queue of an interface carried since its device is watched. Directions are the guest's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
+pub struct QueueDetail {
+    /// Packets the guest received through it.
+    pub received_packets: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Packets the guest sent through it.
+    pub sent_packets: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+}
+
 /// Who had a CPU that a vCPU waited for.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
 pub struct PreemptedBy {
@@ -192,6 +227,8 @@ pub struct DomainSample {
     pub vcpu_details: Vec<VcpuDetail>,
     /// In the order of the domain's interfaces.
     pub interfaces: Vec<Values>,
+    /// What is known of the interfaces beside numbers, in the same order.
+    pub interface_details: Vec<InterfaceDetail>,
     /// In the order of the domain's disks.
     pub disks: Vec<Values>,
     /// Wall-clock second at which the guest last reported its memory (libvirt's `balloon.last-update`).
@@ -209,6 +246,7 @@ impl DomainSample {
             vcpus: vec![Values::new(Scope::Vcpu); vcpus],
             vcpu_details: vec![VcpuDetail::default(); vcpus],
             interfaces: vec![Values::new(Scope::Interface); interfaces],
+            interface_details: vec![InterfaceDetail::default(); interfaces],
             disks: vec![Values::new(Scope::Disk); disks],
             balloon_updated_s: None,
         }
@@ -240,6 +278,7 @@ impl DomainSample {
             reads.fresh = false;
         }
         self.vcpu_details.fill(VcpuDetail::default());
+        self.interface_details.fill(InterfaceDetail::default());
     }
 
     /// Forgets all values: counters start anew (a new epoch).
@@ -248,6 +287,7 @@ impl DomainSample {
         self.reads = [Reads::default(); ReadClass::COUNT];
         self.balloon_updated_s = None;
         self.vcpu_details.fill(VcpuDetail::default());
+        self.interface_details.fill(InterfaceDetail::default());
     }
 
     fn each(&mut self, mut f: impl FnMut(&mut Values)) {

@@ -12,6 +12,15 @@ pub struct Tgid(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tid(pub u32);
 
+/// A network device: inode number of its network namespace (`/proc/PID/ns/net`), and its index there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NicKey {
+    /// Inode number of the namespace.
+    pub netns: u32,
+    /// Index of the device in that namespace.
+    pub ifindex: u32,
+}
+
 /// Number of a vCPU as QEMU and libvirt count it, from 0; numbering may have holes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VcpuIndex(pub u32);

@@ -223,11 +223,20 @@ pub struct VcpuInfo<'a> {
 /// A network interface.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct InterfaceInfo<'a> {
-    /// Host device.
+    /// Host device; empty if it has none.
     pub device: &'a str,
     /// Its index.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ifindex: Option<u32>,
+    /// Its network namespace: inode number of `/proc/PID/ns/net`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub netns: Option<u32>,
+    /// `CLOCK_MONOTONIC` at which the kernel programs began to count it, nanoseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since_ns: Option<u64>,
+    /// libvirt's name of the guest's device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alias: Option<&'a str>,
     /// MAC address of the guest's side.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mac: Option<&'a str>,
@@ -345,6 +354,8 @@ pub enum EventKind {
     Resumed,
     /// Counters of a domain started anew; its epoch grew.
     CounterReset,
+    /// The direction of an interface does not fit the addresses of its packets.
+    DirectionMismatch,
     /// A counter went backwards without a known reason; that reading gives no rate.
     CounterBackwards,
     /// A source does not answer any more.
@@ -533,6 +544,9 @@ impl<'a> InterfaceInfo<'a> {
         Self {
             device: &of.device,
             ifindex: of.ifindex,
+            netns: of.netns,
+            since_ns: of.since_ns,
+            alias: of.alias.as_deref(),
             mac: of.mac.as_deref(),
             kind: &of.kind,
             source: of.source.as_deref(),

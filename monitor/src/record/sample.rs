@@ -1,5 +1,7 @@
 //! The `sample` line: every metric of every entity with one number per source, written straight from the tables.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{
     Serialize, Serializer,
@@ -11,7 +13,7 @@ use crate::{
     inventory,
     metric::{Kind, Metric, MetricDef},
     model::{self, rate},
-    sample::{DomainSample, ReadClass, Values},
+    sample::{DomainSample, InterfaceDetail, ReadClass, Values},
     source::ebpf::ExitReason,
     units::{MonotonicNs, SourceKind},
 };
@@ -32,7 +34,8 @@ pub struct Sample<'a> {
     /// Counters are comparable within one epoch.
     pub epoch: u32,
     /// When each source was read for this sample, `[begin_ns, end_ns]` on `CLOCK_MONOTONIC`. A source that was
-    /// not read since the last sample is left out, here and in every metric.
+    /// not read since the last sample is left out, here and in every metric. `procfs_net` is when `/proc` was read for
+    /// the numbers of interfaces.
     #[serde(serialize_with = "serialize_windows")]
     #[schemars(schema_with = "super::schema::windows")]
     pub windows: &'a DomainSample,
@@ -137,6 +140,10 @@ fn serialize_windows<S: Serializer>(sample: &DomainSample, to: S) -> Result<S::O
         if let Some(window) = fresh_window(sample, source) {
             map.serialize_entry(source.name(), &[window.begin.0, window.end.0])?;
         }
+    }
+    let net = sample.reads(ReadClass::ProcfsNet);
+    if let Some(window) = net.now.filter(|_| net.fresh) {
+        map.serialize_entry("procfs_net", &[window.begin.0, window.end.0])?;
     }
     map.end()
 }
@@ -284,7 +291,7 @@ fn serialize_entities<S: Serializer, T>(
 
 enum Identity<'a> {
     Vcpu { vcpu: u32, tid: Option<u32>, place: usize },
-    Device(&'a str),
+    Device { interface: &'a inventory::Interface, place: usize },
     Target(&'a str),
 }
 
@@ -304,10 +311,13 @@ impl Serialize for Entity<'_> {
                     map.serialize_entry("tid", &tid)?;
                 }
             }
-            Identity::Device(device) => map.serialize_entry("device", device)?,
+            Identity::Device { interface, .. } => serialize_interface_identity::<S>(&mut map, interface)?,
             Identity::Target(target) => map.serialize_entry("target", target)?,
         }
         serialize_values::<S>(&mut map, self.values, self.sample)?;
+        if let Identity::Device { place, .. } = self.who {
+            serialize_interface_detail::<S>(&mut map, &self.sample.interface_details[place])?;
+        }
         if let Identity::Vcpu { place, .. } = self.who {
             let detail = &self.sample.vcpu_details[place];
             let histograms = [("wait_hist_ns", &detail.wait_hist), ("run_hist_ns", &detail.run_hist)];
@@ -350,6 +360,50 @@ impl Serialize for Reasons<'_> {
     }
 }
 
+/// The host device, and what tells interfaces apart that have none.
+fn serialize_interface_identity<S: Serializer>(
+    map: &mut S::SerializeMap,
+    interface: &inventory::Interface,
+) -> Result<(), S::Error> {
+    if !interface.device.is_empty() {
+        map.serialize_entry("device", &interface.device)?;
+    }
+    if let Some(alias) = &interface.alias {
+        map.serialize_entry("alias", alias)?;
+    }
+    if let Some(mac) = &interface.mac {
+        map.serialize_entry("mac", mac)?;
+    }
+    Ok(())
+}
+
+fn serialize_interface_detail<S: Serializer>(
+    map: &mut S::SerializeMap,
+    detail: &InterfaceDetail,
+) -> Result<(), S::Error> {
+    let reasons = [
+        ("rx_drop_reasons", &detail.rx_drop_reasons),
+        ("tx_drop_reasons", &detail.tx_drop_reasons),
+        ("rx_host_drop_reasons", &detail.rx_host_drop_reasons),
+        ("tx_host_drop_reasons", &detail.tx_host_drop_reasons),
+    ];
+    for (name, reasons) in reasons.into_iter().filter(|(_, reasons)| !reasons.is_empty()) {
+        let reasons: BTreeMap<&str, u64> = reasons.iter().map(|(name, n)| (name.as_str(), *n)).collect();
+        map.serialize_entry(name, &reasons)?;
+    }
+    let histograms =
+        [("rx_burst_hist_bytes", &detail.rx_burst_hist), ("tx_burst_hist_bytes", &detail.tx_burst_hist)];
+    for (name, histogram) in histograms {
+        if let Some(histogram) = histogram {
+            map.serialize_entry(name, histogram)?;
+        }
+    }
+    if !detail.queues.is_empty() {
+        map.serialize_entry("queues", &detail.queues)?;
+    }
+    Ok(())
+}
+
 fn serialize_vcpus<S: Serializer>(of: &Entities<'_, inventory::Vcpu>, to: S) -> Result<S::Ok, S::Error> {
     serialize_entities(of, to, |place, v| Identity::Vcpu { vcpu: v.index.0, tid: v.tid.map(|t| t.0), place })
 }
@@ -358,7 +412,7 @@ fn serialize_interfaces<S: Serializer>(
     of: &Entities<'_, inventory::Interface>,
     to: S,
 ) -> Result<S::Ok, S::Error> {
-    serialize_entities(of, to, |_, i| Identity::Device(&i.device))
+    serialize_entities(of, to, |place, interface| Identity::Device { interface, place })
 }
 
 fn serialize_disks<S: Serializer>(of: &Entities<'_, inventory::Disk>, to: S) -> Result<S::Ok, S::Error> {

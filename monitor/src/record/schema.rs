@@ -59,8 +59,9 @@ pub(super) fn windows(_: &mut SchemaGenerator) -> Schema {
     let window = json_schema!({
         "type": "array", "items": { "type": "integer", "minimum": 0 }, "minItems": 2, "maxItems": 2
     });
+    let names = SourceKind::ALL.map(SourceKind::name).into_iter().chain(["procfs_net"]);
     let properties: serde_json::Map<_, _> =
-        SourceKind::ALL.iter().map(|s| (s.name().to_owned(), window.clone().to_value())).collect();
+        names.map(|name| (name.to_owned(), window.clone().to_value())).collect();
     json_schema!({ "type": "object", "properties": properties, "additionalProperties": false })
 }
 
@@ -168,8 +169,34 @@ pub(super) fn vcpus(generator: &mut SchemaGenerator) -> Schema {
     array_of(entity_schema(Scope::Vcpu, &[("vcpu", number.clone()), ("tid", number)], &derived))
 }
 
-pub(super) fn interfaces(_: &mut SchemaGenerator) -> Schema {
-    array_of(entity_schema(Scope::Interface, &[("device", json_schema!({ "type": "string" }))], &[]))
+pub(super) fn interfaces(generator: &mut SchemaGenerator) -> Schema {
+    let text = json_schema!({ "type": "string" });
+    let bucket = json_schema!({
+        "type": "array", "items": { "type": "integer", "minimum": 0 }, "minItems": 3, "maxItems": 3
+    });
+    let histogram = json_schema!({
+        "type": "array", "items": bucket.to_value(),
+        "description": "Milliseconds in which something passed, by bytes, since the last histogram: [from, to, count]."
+    });
+    let reasons = |whose: &str| {
+        json_schema!({
+            "type": "object", "additionalProperties": { "type": "integer", "minimum": 0 },
+            "description": format!("Packets {whose}, by the kernel's reason, since the monitor watches the device.")
+        })
+    };
+    let derived = [
+        ("device", text.clone()),
+        ("alias", text.clone()),
+        ("mac", text),
+        ("rx_drop_reasons", reasons("for the guest that its device on the host dropped")),
+        ("tx_drop_reasons", reasons("of the guest that its device on the host dropped")),
+        ("rx_host_drop_reasons", reasons("for the guest that the host dropped before its device")),
+        ("tx_host_drop_reasons", reasons("of the guest that the host dropped after its device")),
+        ("rx_burst_hist_bytes", histogram.clone()),
+        ("tx_burst_hist_bytes", histogram),
+        ("queues", generator.subschema_for::<Vec<crate::sample::QueueDetail>>()),
+    ];
+    array_of(entity_schema(Scope::Interface, &[], &derived))
 }
 
 pub(super) fn disks(_: &mut SchemaGenerator) -> Schema {

@@ -5,7 +5,7 @@ pub mod probes;
 
 use std::os::fd::OwnedFd;
 
-use crate::units::{Tgid, Tid, Window};
+use crate::units::{NicKey, Tgid, Tid, Window};
 
 /// Why kernel programs cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -48,9 +48,13 @@ pub enum Keep {
     TimesAndHistograms,
 }
 
+/// There is none.
+#[derive(Debug)]
+pub enum NicSlot {}
+
 pub use monitor_ebpf::{
     BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
-    KIND_PROCESS, bucket_range, class_of,
+    KIND_PROCESS, WINDOW_BUCKETS, bucket_range, class_of,
 };
 
 /// Runs of a program.
@@ -65,6 +69,9 @@ pub struct ProgramRuns {
 #[path = "ebpf/times.rs"]
 mod times;
 pub use times::{Doing, Happened, ProcessTimes, ThreadTimes, Torn};
+#[path = "ebpf/traffic.rs"]
+mod traffic;
+pub use traffic::{Bursts, DeviceTraffic, DropPlace, Drops, Passed};
 
 #[path = "ebpf/exits.rs"]
 mod exits;
@@ -207,6 +214,49 @@ impl Ebpf {
     /// # Errors
     /// None.
     pub fn look(&mut self) -> Result<Option<&'static str>, EbpfError> {
+        match *self {}
+    }
+
+    /// None exists.
+    ///
+    /// # Errors
+    /// None.
+    pub fn watch(&mut self, _: NicKey, _: u32) -> Result<NicSlot, NotFollowed> {
+        match *self {}
+    }
+
+    /// None exists.
+    pub fn unwatch(&mut self, _: NicSlot) {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn traffic(&self, _: &NicSlot) -> Option<&DeviceTraffic> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn sent_now(&self, _: &NicSlot) -> Option<u64> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn sources(&self, _: &NicSlot) -> [Option<[u8; 6]>; 2] {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn take_bursts(&mut self, _: &NicSlot, _: crate::units::MonotonicNs) -> [Bursts; 2] {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn drop_reason(&self, _: u32) -> String {
         match *self {}
     }
 }

@@ -6,4 +6,5 @@ pub mod ebpf;
 #[path = "ebpf_absent.rs"]
 pub mod ebpf;
 pub mod libvirt;
+pub mod netdev;
 pub mod procfs;

@@ -266,19 +266,6 @@ pub fn vcpu_of_comm(comm: &[u8]) -> Option<VcpuIndex> {
     index.parse().ok().map(VcpuIndex)
 }
 
-/// Index of a network device of this process's network namespace, from sysfs; `None` if there is none of that name.
-#[must_use]
-pub fn interface_index(device: &str) -> Option<u32> {
-    if device.is_empty() || device.contains(['/', '\0']) || device.starts_with('.') {
-        return None; // Not a name the kernel would give (`dev_valid_name`).
-    }
-    std::fs::read_to_string(Path::new("/sys/class/net").join(device).join("ifindex"))
-        .ok()?
-        .trim()
-        .parse()
-        .ok()
-}
-
 /// What the kernel counts for a thread: `/proc/PID/task/TID/schedstat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SchedStat {
@@ -502,14 +489,6 @@ mod tests {
         check("IO iothread1\n", None);
         check("qemu-system-x86\n", None);
         assert_eq!(vcpu_of_comm(b"CPU \xff/KVM"), None);
-    }
-
-    #[test]
-    fn only_names_of_devices_are_looked_up() {
-        assert_eq!(interface_index("lo"), Some(1));
-        for bad in ["", ".", "..", "../../net/lo", "no-such-device"] {
-            assert_eq!(interface_index(bad), None, "{bad}");
-        }
     }
 
     #[test]

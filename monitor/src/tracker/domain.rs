@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use super::classes::Classes;
+use super::{
+    classes::Classes,
+    nics::{Nic, is_same},
+};
 use crate::{
     inventory::{Domain, Vcpu},
     ledger::{Ledger, Parts, new_in_histogram},
@@ -12,7 +15,7 @@ use crate::{
     source::{
         ebpf::{
             Culprit, Ebpf, GroupSlot, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL, KIND_PROCESS, KvmFigures,
-            ProcessSlot, ProcessTimes, Slot, ThreadTimes, Torn,
+            NicSlot, ProcessSlot, ProcessTimes, Slot, ThreadTimes, Torn,
         },
         libvirt::stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats},
         procfs::{self, ProcessReader, ProcfsError, ThreadReader},
@@ -40,6 +43,12 @@ pub struct Tracked {
     classes: Classes,
     classes_at: Option<MonotonicNs>,
     pub(super) threads: Vec<Thread>,
+    /// In the order of `domain.interfaces`.
+    pub(super) nics: Vec<Nic>,
+    /// What watched interfaces that are gone; to be given back.
+    pub(super) unwatched: Vec<NicSlot>,
+    /// Number of files its process had open at the last look for taps.
+    pub(super) open_files: Option<u64>,
     /// Thread ids at the last look, to see cheaply whether anything came or went.
     pub(super) task_ids: Vec<u32>,
     pub(super) followed_since: Option<MonotonicNs>,
@@ -52,6 +61,7 @@ pub(super) struct Slots {
     pub(super) threads: Vec<Slot>,
     pub(super) processes: Vec<ProcessSlot>,
     pub(super) group: Option<GroupSlot>,
+    pub(super) nics: Vec<NicSlot>,
 }
 
 /// What reads one vCPU thread; in the order of `domain.vcpus`.
@@ -70,6 +80,7 @@ impl Tracked {
     pub(super) fn new(domain: Domain) -> Self {
         let sample = DomainSample::new(domain.vcpus.len(), domain.interfaces.len(), domain.disks.len());
         let threads = domain.vcpus.iter().map(|_| Thread::default()).collect();
+        let nics = domain.interfaces.iter().map(|_| Nic::default()).collect();
         Self {
             domain,
             epoch: 0,
@@ -81,6 +92,9 @@ impl Tracked {
             classes: Classes::default(),
             classes_at: None,
             threads,
+            nics,
+            unwatched: Vec::new(),
+            open_files: None,
             task_ids: Vec::new(),
             followed_since: None,
             histograms_at: None,
@@ -107,11 +121,10 @@ impl Tracked {
             self.sample.vcpu_details = vec![VcpuDetail::default(); new.vcpus.len()];
             self.threads = new.vcpus.iter().map(|_| Thread::default()).collect();
         }
+        self.carry_nics(&mut new.interfaces);
         let (old, sample) = (&self.domain, &mut self.sample);
         let interfaces = (old.interfaces.as_slice(), sample.interfaces.as_slice());
-        sample.interfaces = carry(interfaces, &new.interfaces, Scope::Interface, |a, b| {
-            a.device == b.device && a.mac == b.mac
-        });
+        sample.interfaces = carry(interfaces, &new.interfaces, Scope::Interface, is_same);
         let disks = (old.disks.as_slice(), sample.disks.as_slice());
         sample.disks = carry(disks, &new.disks, Scope::Disk, |a, b| a.target == b.target);
         let changed = *old != new;
@@ -142,6 +155,7 @@ impl Tracked {
             threads: self.threads.iter_mut().filter_map(|thread| std::mem::take(thread).slot).collect(),
             processes: std::mem::take(&mut self.processes),
             group: self.group.take(),
+            nics: self.take_nic_slots(),
         }
     }
 
@@ -164,8 +178,9 @@ impl Tracked {
     }
 
     /// Returns how many readings were discarded because they cannot be.
-    pub(super) fn put_ebpf(&mut self, ebpf: &Ebpf, window: Window, names: &Names) -> u64 {
-        if self.processes.is_empty() && self.threads.iter().all(|t| t.slot.is_none()) {
+    pub(super) fn put_ebpf(&mut self, ebpf: &mut Ebpf, window: Window, names: &Names) -> u64 {
+        let nics = self.nics.iter().any(|nic| nic.slot.is_some());
+        if !nics && self.processes.is_empty() && self.threads.iter().all(|t| t.slot.is_none()) {
             return 0;
         }
         self.sample.begin(ReadClass::Ebpf);
@@ -204,6 +219,7 @@ impl Tracked {
         }
         lost += self.put_processes(ebpf);
         lost += clock.map_or(0, |clock| self.put_costop(ebpf, clock));
+        self.put_nics(ebpf, window.end, with_histograms);
         self.sample.end(ReadClass::Ebpf, window);
         lost
     }

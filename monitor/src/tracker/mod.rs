@@ -5,6 +5,7 @@
 
 mod classes;
 mod domain;
+mod nics;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -16,6 +17,7 @@ use crate::{
     source::{
         ebpf::{Ebpf, EbpfError, Happened, Keep, NotFollowed, probes::ProbeGroup},
         libvirt::{Groups, LibvirtSample},
+        netdev::{CounterTable, Devices},
         procfs::{self, FoundQemu, ProcessReader, Processes, ThreadReader},
     },
     units::{DomainUuid, MonotonicNs, SourceKind, Tid, VcpuIndex},
@@ -113,6 +115,9 @@ pub struct Tracker {
     /// Every QEMU process found, whether its domain is wanted or not: who took a CPU is named in any case.
     names: Names,
     full_reported: bool,
+    devices: Devices,
+    /// Counters of network devices, one table for each network namespace that has one of ours.
+    tables: Vec<CounterTable>,
     ebpf_failed: bool,
 }
 
@@ -122,6 +127,8 @@ impl Tracker {
     pub fn new(root: PathBuf, wanted: Wanted, ebpf: Option<Ebpf>) -> Self {
         Self {
             processes: Processes::new(&root),
+            devices: Devices::new(&root),
+            tables: Vec::new(),
             root,
             wanted,
             rounds: 0,
@@ -181,6 +188,7 @@ impl Tracker {
         }
         for i in 0..self.domains.len() {
             self.look_at_threads(i);
+            self.look_at_interfaces(i);
         }
         self.seed();
         match self.ebpf.as_mut().map_or(Ok(None), Ebpf::look) {
@@ -220,6 +228,7 @@ impl Tracker {
             Err(error) => self.count(SourceKind::Procfs).failed(&error),
         }
         self.look_at_threads(i);
+        self.look_at_interfaces(i);
         self.changed(i, "QEMU process found");
     }
 
@@ -232,16 +241,13 @@ impl Tracker {
     }
 
     /// What libvirt says of one domain's configuration.
-    pub fn described(&mut self, mut domain: Domain) {
-        for interface in &mut domain.interfaces {
-            interface.ifindex = procfs::interface_index(&interface.device);
-        }
+    pub fn described(&mut self, domain: Domain) {
         if !self.wanted.matches(domain.uuid, &domain.name) {
             return;
         }
         let Some(i) = self.domains.iter().position(|t| t.domain.uuid == domain.uuid) else {
             self.add(domain, "listed by libvirt");
-            return;
+            return self.look_at_interfaces(self.domains.len() - 1);
         };
         if matches!((self.domains[i].domain.id, domain.id), (Some(a), Some(b)) if a != b) {
             self.release(i, "libvirt gave it a new id");
@@ -249,6 +255,7 @@ impl Tracker {
         if self.domains[i].describe(domain) {
             self.changed(i, "described by libvirt");
         }
+        self.look_at_interfaces(i);
     }
 
     /// libvirt no longer lists a domain. If its QEMU is known, its end is what counts: libvirt may have lost track of
@@ -285,6 +292,7 @@ impl Tracker {
             slots.processes.into_iter().for_each(|slot| ebpf.forget_process(slot));
             slots.group.into_iter().for_each(|slot| ebpf.forget_group(slot));
         }
+        self.unwatch(slots.nics);
     }
 
     fn changed(&mut self, i: usize, reason: &str) {
@@ -397,16 +405,18 @@ impl Tracker {
                 thread.slot = Some(slot);
                 tracked.followed_since.get_or_insert_with(MonotonicNs::now);
             }
-            Some(Err(full @ NotFollowed::Full(_))) if !std::mem::replace(&mut self.full_reported, true) => {
-                self.notices.push(Notice::Event {
-                    kind: EventKind::LostEvents,
-                    domain: None,
-                    detail: full.to_string(),
-                });
-            }
+            Some(Err(full @ NotFollowed::Full(_))) => self.report_full(&full),
             _ => {}
         }
         self.domains[i].threads[v] = thread;
+    }
+
+    /// Says once that something could not be followed.
+    fn report_full(&mut self, full: &NotFollowed) {
+        if !std::mem::replace(&mut self.full_reported, true) {
+            let detail = full.to_string();
+            self.notices.push(Notice::Event { kind: EventKind::LostEvents, domain: None, detail });
+        }
     }
 
     /// Reads the kernel programs' figures of every domain.
@@ -442,6 +452,7 @@ impl Tracker {
                 }
             }
         }
+        self.read_counters();
     }
 
     /// Looks at what the kernel programs say has changed.

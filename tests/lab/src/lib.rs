@@ -16,6 +16,7 @@ mod initramfs;
 pub mod interrupt;
 mod space;
 mod supervisor;
+pub mod tap;
 pub mod vm;
 
 use std::ffi::OsStr;

@@ -2,10 +2,10 @@
 //!
 //! The only other place that knows kernel structures is `monitor-ebpf/src/kernel.rs`.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use btf_rs::{Btf, Type};
-use monitor_ebpf::{Layout, NO_FIELD};
+use monitor_ebpf::{Layout, NO_FIELD, NetLayout};
 
 /// Why an offset could not be found.
 #[derive(Debug, thiserror::Error)]
@@ -90,12 +90,73 @@ fn optional(offset: Result<u32, LayoutError>) -> Result<u32, LayoutError> {
     }
 }
 
+/// Finds every offset that the network programs need, for a host with so many CPUs.
+///
+/// # Errors
+/// If a structure lacks a field; the message names it.
+pub fn net(btf: &Btf, cpus: u32) -> Result<NetLayout, LayoutError> {
+    let at = |structure, field| offset(btf, structure, field);
+    let (skb_vlan, skb_vlan_bit) = match at("sk_buff", "vlan_all") {
+        Ok(bytes) => (bytes, 0),
+        Err(LayoutError::NoField { .. }) => {
+            let bits = bit_offset(btf, "sk_buff", "vlan_present")?;
+            (bits / 8, 1 << (bits % 8))
+        }
+        Err(error) => return Err(error),
+    };
+    let shared_gso_size = at("skb_shared_info", "gso_size")?;
+    if at("skb_shared_info", "gso_segs")? != shared_gso_size + 2 {
+        return Err(LayoutError::NoField { structure: "skb_shared_info", field: "gso_segs after gso_size" });
+    }
+    Ok(NetLayout {
+        cpus,
+        skb_dev: at("sk_buff", "dev")?,
+        skb_len: at("sk_buff", "len")?,
+        skb_head: at("sk_buff", "head")?,
+        skb_end: at("sk_buff", "end")?,
+        skb_queue_mapping: at("sk_buff", "queue_mapping")?,
+        skb_iif: at("sk_buff", "skb_iif")?,
+        skb_vlan,
+        skb_vlan_bit,
+        skb_mac_header: at("sk_buff", "mac_header")?,
+        skb_transport_header: at("sk_buff", "transport_header")?,
+        shared_gso_size,
+        shared_gso_type: at("skb_shared_info", "gso_type")?,
+        dev_ifindex: at("net_device", "ifindex")?,
+        dev_net: at("net_device", "nd_net.net")?,
+        net_inum: at("net", "ns.inum")?,
+    })
+}
+
+/// Names of the kernel's reasons to drop a packet, by number (`enum skb_drop_reason`), without their common prefix.
+/// Empty where the kernel tells none, or tells them at another place than the program looks at.
+#[must_use]
+pub fn drop_reasons(btf: &Btf) -> BTreeMap<u32, String> {
+    drop_reason_names(btf).unwrap_or_default().unwrap_or_default()
+}
+
+fn drop_reason_names(btf: &Btf) -> Result<Option<BTreeMap<u32, String>>, btf_rs::Error> {
+    let mut names = BTreeMap::new();
+    for found in btf.resolve_types_by_name("skb_drop_reason")? {
+        let Type::Enum(reasons) = found else { continue };
+        for reason in &reasons.members {
+            let name = btf.resolve_name(reason)?;
+            names.insert(reason.val(), name.trim_start_matches("SKB_DROP_REASON_").to_owned());
+        }
+    }
+    Ok((!names.is_empty()).then_some(names))
+}
+
 /// The byte offset of `field`, a path of member names joined by dots, inside `structure`.
 pub(super) fn offset(btf: &Btf, structure: &'static str, field: &'static str) -> Result<u32, LayoutError> {
+    Ok(bit_offset(btf, structure, field)? / 8)
+}
+
+fn bit_offset(btf: &Btf, structure: &'static str, field: &'static str) -> Result<u32, LayoutError> {
     let missing = LayoutError::NoField { structure, field };
     for found in btf.resolve_types_by_name(structure)? {
         if let Some(bits) = path_bits(btf, found, field)? {
-            return Ok(bits / 8);
+            return Ok(bits);
         }
     }
     Err(missing)

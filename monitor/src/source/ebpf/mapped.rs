@@ -5,7 +5,7 @@ use std::{
     marker::PhantomData,
     os::fd::AsFd,
     ptr::NonNull,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
@@ -53,6 +53,13 @@ impl<T: Copy> Mapped<T> {
         // SAFETY: inside the mapping (checked), aligned (values are multiples of 8 bytes from a page on), and only
         // ever accessed atomically.
         unsafe { AtomicU64::from_ptr(self.at(index).cast::<u64>().add(word)) }
+    }
+
+    /// The 32-bit number `half` of value `index`, for values that are made of words.
+    pub(super) fn half_of(&self, index: usize, half: usize) -> &AtomicU32 {
+        assert!((half + 1) * 4 <= size_of::<T>(), "half word {half} outside of the value");
+        // SAFETY: as in `word_of`; nobody accesses this one as a part of a larger number.
+        unsafe { AtomicU32::from_ptr(self.at(index).cast::<u32>().add(half)) }
     }
 
     /// The 64-bit word `word` of value 0.

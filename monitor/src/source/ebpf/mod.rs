@@ -9,19 +9,23 @@ mod exits;
 mod kvm;
 pub mod layout;
 mod mapped;
+mod net;
 pub mod probes;
 mod process;
 mod sched;
 mod times;
+mod traffic;
 
 use std::{io, os::fd::OwnedFd, path::Path};
 
 pub use self::{
     exit_names::{exit_name, userspace_name},
     exits::{ExitReason, ExitReasons, KvmFigures},
+    net::NicSlot,
     process::ProcessSlot,
     sched::{GroupSlot, Keep, NotFollowed, Slot},
     times::{Doing, Happened, ProcessTimes, ThreadTimes, Torn},
+    traffic::{Bursts, DeviceTraffic, DropPlace, Drops, Passed},
 };
 use aya::{
     Btf, Ebpf as Object, EbpfLoader, Pod,
@@ -30,21 +34,22 @@ use aya::{
 };
 pub use monitor_ebpf::{
     BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
-    KIND_PROCESS, bucket_range, class_of,
+    KIND_PROCESS, WINDOW_BUCKETS, bucket_range, class_of,
 };
-use monitor_ebpf::{Layout, Nodes};
+use monitor_ebpf::{Layout, NICS, NetLayout, Nodes};
 
 use self::{
     kvm::Kvm,
     layout::LayoutError,
     mapped::Mapped,
+    net::{Net, With},
     probes::{Attach, Need, PROBES, Probe, ProbeGroup, ProbeState},
     process::Processes,
     sched::Sched,
 };
 use crate::{
     host, one_line,
-    units::{MonotonicNs, Tgid, Tid, Window, duration_ns},
+    units::{MonotonicNs, NicKey, Tgid, Tid, Window, duration_ns},
 };
 
 /// The programs, as `cargo xtask build-ebpf` made them.
@@ -109,6 +114,7 @@ pub struct Ebpf {
     sched: Option<Sched>,
     processes: Option<Processes>,
     kvm: Option<Kvm>,
+    net: Option<Net>,
 }
 
 #[repr(transparent)]
@@ -118,6 +124,8 @@ struct Wire<T>(T);
 unsafe impl Pod for Wire<Layout> {}
 // SAFETY: plain bytes.
 unsafe impl Pod for Wire<Nodes> {}
+// SAFETY: so is `NetLayout`.
+unsafe impl Pod for Wire<NetLayout> {}
 
 impl Ebpf {
     /// Loads and attaches the programs of the groups.
@@ -129,6 +137,9 @@ impl Ebpf {
     pub fn open(groups: &[ProbeGroup]) -> Result<Self, EbpfError> {
         let kernel = layout::kernel_types(Path::new(BTF_FILE))?;
         let sched = layout::sched(&kernel);
+        let cpus = aya::util::nr_cpus().ok().and_then(|n| u32::try_from(n).ok()).unwrap_or(1);
+        let net = layout::net(&kernel, cpus);
+        let reasons = layout::drop_reasons(&kernel);
         let btf = Btf::from_sys_fs().map_err(EbpfError::Btf)?;
         let mut loader = EbpfLoader::new();
         let sched_layout = sched.as_ref().ok().copied().map(Wire);
@@ -141,10 +152,16 @@ impl Ebpf {
         for map in ["VCPU_EXITS", "EXIT_TABLES"] {
             loader.map_max_entries(map, kvm_places);
         }
+        let net_layout = net.as_ref().ok().copied().map(Wire);
+        if let Some(layout) = &net_layout {
+            loader.override_global("NET_LAYOUT", layout, true);
+        }
+        loader.map_max_entries("NIC_CELLS", NICS * cpus);
         let mut object = loader.btf(Some(&btf)).load(OBJECT).map_err(|e| EbpfError::Load(one_line(&e)))?;
         let mut this = Attaching { object: &mut object, btf: &btf, groups, states: Vec::new() };
         let with_sched = this.attach(ProbeGroup::Sched, sched.map(drop))?;
         let with_kvm = this.attach_kvm(with_sched)?;
+        let with_net = this.attach(ProbeGroup::Net, net.map(drop))?;
         let states = this.states;
         if !states.iter().any(|(_, state)| *state == ProbeState::Attached) {
             let refused = states.into_iter().find_map(|(_, state)| match state {
@@ -157,7 +174,12 @@ impl Ebpf {
         let kvm = if with_kvm { Some(Kvm::new(&object, &kernel)?) } else { None };
         drop(kernel);
         let processes = if with_sched { Some(Processes::new(&mut object)?) } else { None };
-        let mut this = Self { object, states, sched, processes, kvm };
+        let runs = |program| {
+            states.iter().any(|(p, s): &(Probe, _)| p.program == program && *s == ProbeState::Attached)
+        };
+        let with = With { wire: runs("net_dev_start_xmit"), drops: runs("kfree_skb") };
+        let net = if with_net { Some(Net::new(&object, cpus, with, reasons)?) } else { None };
+        let mut this = Self { object, states, sched, processes, kvm, net };
         if let Some(sched) = &mut this.sched {
             sched.compare_clocks();
         }
@@ -245,6 +267,9 @@ impl Ebpf {
         }
         if let Some(kvm) = &mut self.kvm {
             kvm.read();
+        }
+        if let Some(net) = &mut self.net {
+            net.read();
         }
         Ok(Window { begin, end: MonotonicNs::now() })
     }
@@ -365,6 +390,54 @@ impl Ebpf {
         } else {
             "KVM was loaded, but its probes cannot be attached; see `kvm-monitor check`"
         }))
+    }
+
+    /// Begins to watch a network device, with so many queues told apart (0: none).
+    ///
+    /// # Errors
+    /// If the network probes do not run, or the kernel tables have no room. Where only the queues have none, the rest
+    /// is kept.
+    pub fn watch(&mut self, device: NicKey, queues: u32) -> Result<NicSlot, NotFollowed> {
+        self.net.as_mut().ok_or(NotFollowed::Off)?.watch(device, queues)
+    }
+
+    /// Stops watching a network device.
+    pub fn unwatch(&mut self, slot: NicSlot) {
+        if let Some(net) = &mut self.net {
+            net.unwatch(slot);
+        }
+    }
+
+    /// Figures of a network device at the last [`Ebpf::read`].
+    #[must_use]
+    pub fn traffic(&self, slot: &NicSlot) -> Option<&DeviceTraffic> {
+        self.net.as_ref()?.traffic(slot)
+    }
+
+    /// Packets that the driver of a network device took since it is watched, at this moment.
+    #[must_use]
+    pub fn sent_now(&self, slot: &NicSlot) -> Option<u64> {
+        Some(self.net.as_ref()?.sent_now(slot))
+    }
+
+    /// Source addresses of the packets of a network device that were looked at last: of what the host sent through it,
+    /// and of what it received.
+    #[must_use]
+    pub fn sources(&self, slot: &NicSlot) -> [Option<[u8; 6]>; 2] {
+        self.net.as_ref().map_or([None; 2], |net| net.sources(slot))
+    }
+
+    /// Windows of 1 ms of a network device, `xmit` and `receive`; the largest ones are those that ended since the last
+    /// call. One counts some milliseconds late, at most 60.
+    #[must_use]
+    pub fn take_bursts(&mut self, slot: &NicSlot, now: MonotonicNs) -> [Bursts; 2] {
+        self.net.as_mut().map_or_else(|| [Bursts::none(), Bursts::none()], |net| net.take_bursts(slot, now))
+    }
+
+    /// Name of a drop reason; its number where the kernel has none for it.
+    #[must_use]
+    pub fn drop_reason(&self, reason: u32) -> String {
+        self.net.as_ref().map_or_else(|| reason.to_string(), |net| net.reason_name(reason))
     }
 }
 

@@ -12,11 +12,13 @@ pub enum ProbeGroup {
     Sched,
     /// Exits of vCPUs; needs `sched`.
     Kvm,
+    /// Packets of the network devices of VMs.
+    Net,
 }
 
 impl ProbeGroup {
     /// Every group.
-    pub const ALL: &[Self] = &[Self::Sched, Self::Kvm];
+    pub const ALL: &[Self] = &[Self::Sched, Self::Kvm, Self::Net];
 }
 
 /// What a program hangs on.
@@ -134,6 +136,32 @@ pub const PROBES: &[Probe] = &[
         attach: Attach::RawTracepoint("kvm_vcpu_wakeup"),
         group: ProbeGroup::Kvm,
         need: Need::Optional("halts and the time spent polling are not known"),
+    },
+    Probe {
+        program: "net_dev_start_xmit",
+        attach: Attach::BtfTracepoint("net_dev_start_xmit"),
+        group: ProbeGroup::Net,
+        need: Need::Optional(
+            "what a guest receives is not counted as packets on the wire, and without VLAN tags that are not in the packet",
+        ),
+    },
+    Probe {
+        program: "net_dev_xmit",
+        attach: Attach::BtfTracepoint("net_dev_xmit"),
+        group: ProbeGroup::Net,
+        need: Need::Required,
+    },
+    Probe {
+        program: "netif_receive_skb",
+        attach: Attach::BtfTracepoint("netif_receive_skb"),
+        group: ProbeGroup::Net,
+        need: Need::Required,
+    },
+    Probe {
+        program: "kfree_skb",
+        attach: Attach::BtfTracepoint("kfree_skb"),
+        group: ProbeGroup::Net,
+        need: Need::Optional("drops have no reasons"),
     },
 ];
 

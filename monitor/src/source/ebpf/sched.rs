@@ -79,14 +79,14 @@ impl Places {
     }
 }
 
-/// A thread cannot be followed.
+/// A thread or a device cannot be followed.
 #[derive(Debug, thiserror::Error)]
 pub enum NotFollowed {
-    /// The probes that follow threads do not run.
-    #[error("the scheduling probes do not run")]
+    /// The probes that follow it do not run.
+    #[error("the probes that follow it do not run")]
     Off,
     /// The kernel tables are full.
-    #[error("no room in the kernel tables to follow another thread ({0} are followed)")]
+    #[error("no room in the kernel tables to follow another one ({0} are followed)")]
     Full(usize),
 }
 

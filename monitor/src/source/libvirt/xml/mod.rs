@@ -155,6 +155,9 @@ fn read_interface(node: Node<'_, '_>) -> Interface {
     let observable = interface_observable(&kind, &device);
     Interface {
         ifindex: None,
+        netns: None,
+        since_ns: None,
+        alias: child_attribute(node, "alias", "name"),
         mac: child_attribute(node, "mac", "address").map(|mac| mac.to_lowercase()),
         source: child(node, "source").and_then(|source| interface_source(&kind, source)),
         model: child_attribute(node, "model", "type"),

@@ -1,0 +1,432 @@
+//! What passes watched network devices: taps of VMs.
+//!
+//! Every packet of the host runs through these programs, so the first thing each does is to test one bit for the
+//! device's index. A packet that the host sends through a device meets two of them: `net_dev_start_xmit`, where it can
+//! still be looked at, and `net_dev_xmit`, where it is known whether the driver took it, but may be gone already
+//! because the other side was faster. Both run on one CPU with bottom halves disabled, so the first leaves a note in
+//! the CPU's own cell for the second. For the same reason no count needs a lock.
+//!
+//! A clock is read per packet only while there are few: see [`count_window`].
+
+use aya_ebpf::{
+    bindings::BPF_F_MMAPABLE,
+    helpers::{bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_ns},
+    macros::{btf_tracepoint, map},
+    maps::Array,
+    programs::BtfTracePointContext,
+};
+use monitor_ebpf::{
+    DROP_AFTER_DEVICE, DROP_BEFORE_DEVICE, DROP_IN_DEVICE, MAC_SAMPLE, NIC_FILTER_BITS, NIC_QUEUES,
+    NIC_TABLE_ENTRIES, NIC_TABLE_PROBES, NICS, NetLayout, Nic, NicCell, NicDrop, NicFilter, NicQueue,
+    NicSide, NicTable, NicWindows, OPEN_WINDOWS, PENDING, PENDING_TAGGED, WINDOW_MILLISECONDS, WINDOW_PACKET,
+    Window, drop_key, nic_key, nic_start, pending_queue, pending_wire, window_bucket,
+};
+
+use crate::{
+    atomic::Word,
+    kernel::{Address, load, offset, probe},
+};
+
+#[unsafe(no_mangle)]
+static NET_LAYOUT: NetLayout = NetLayout::ZERO;
+
+#[map(name = "NIC_FILTER")]
+static FILTER: Array<NicFilter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "NIC_TABLE")]
+static TABLE: Array<NicTable> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "NIC_LIST")]
+static LIST: Array<Nic> = Array::with_max_entries(NICS, BPF_F_MMAPABLE);
+/// User space gives it room for all CPUs.
+#[map(name = "NIC_CELLS")]
+static CELLS: Array<NicCell> = Array::with_max_entries(NICS, BPF_F_MMAPABLE);
+/// Two for each place: `xmit`, then `receive`.
+#[map(name = "NIC_WINDOWS")]
+static WINDOWS: Array<NicWindows> = Array::with_max_entries(2 * NICS, BPF_F_MMAPABLE);
+#[map(name = "NIC_QUEUES")]
+static QUEUES: Array<NicQueue> = Array::with_max_entries(NIC_QUEUES, BPF_F_MMAPABLE);
+
+/// Length of the Ethernet header, which `netif_receive_skb` no longer sees.
+const ETHERNET_HEADER: u32 = 14;
+/// Length of a VLAN tag.
+const VLAN_TAG: u32 = 4;
+/// `NET_XMIT_DROP`, `NET_XMIT_CN` and `NETDEV_TX_BUSY` of `include/linux/netdevice.h`: thrown away; taken, but the
+/// way is congested; not taken, will be sent again.
+const XMIT_CONGESTED: u32 = 2;
+const TX_BUSY: u32 = 0x10;
+/// `SKB_GSO_UDP_L4` of `include/linux/skbuff.h`; other kinds that a guest can send are TCP, or UDP fragments (`SKB_GSO_UDP`).
+const GSO_UDP_L4: u32 = 1 << 17;
+const GSO_UDP: u32 = 1 << 16;
+
+/// `trace_net_dev_start_xmit(const struct sk_buff *skb, const struct net_device *dev)`, before the driver gets the
+/// packet. Notes for a watched device what `net_dev_xmit` can no longer see: segments, VLAN tag, queue.
+#[btf_tracepoint(function = "net_dev_start_xmit")]
+pub(crate) fn net_dev_start_xmit(ctx: BtfTracePointContext) -> i32 {
+    let dev: Address = ctx.arg(1);
+    // SAFETY: an argument of a BTF tracepoint.
+    let Some(place) = (unsafe { watched(dev) }) else { return 0 };
+    let Some(cell) = cell(place) else { return 0 };
+    let skb: Address = ctx.arg(0);
+    // SAFETY: an argument of a BTF tracepoint.
+    unsafe {
+        let len: u32 = load(skb, offset(&NET_LAYOUT.skb_len));
+        let queue: u16 = load(skb, offset(&NET_LAYOUT.skb_queue_mapping));
+        let tagged = if is_tagged(skb) { PENDING_TAGGED } else { 0 };
+        cell.xmit.pending = PENDING | tagged | u64::from(queue) << 32 | u64::from(wire_packets(skb, len));
+        if cell.xmit.packets % MAC_SAMPLE == 0 {
+            look_at_source(place, 0, skb);
+        }
+    }
+    0
+}
+
+/// `trace_net_dev_xmit(struct sk_buff *skb, int rc, struct net_device *dev, unsigned int skb_len)`, after the driver had
+/// the packet, which may be freed by now. Adds it to its device if the driver took it, else to the refused ones.
+#[btf_tracepoint(function = "net_dev_xmit")]
+pub(crate) fn net_dev_xmit(ctx: BtfTracePointContext) -> i32 {
+    let dev: Address = ctx.arg(2);
+    // SAFETY: an argument of a BTF tracepoint.
+    let Some(place) = (unsafe { watched(dev) }) else { return 0 };
+    let Some(cell) = cell(place) else { return 0 };
+    let (rc, len) = (ctx.arg::<u32>(1), ctx.arg::<u32>(3));
+    let pending = core::mem::replace(&mut cell.xmit.pending, 0);
+    if rc != 0 && rc != XMIT_CONGESTED {
+        if rc != TX_BUSY
+            && let Some(nic) = nic(place)
+        {
+            Word::of(&nic.refused).add(1);
+        }
+        return 0;
+    }
+    let packet = Packet {
+        bytes: if pending & PENDING_TAGGED != 0 { len + VLAN_TAG } else { len },
+        wire: pending_wire(pending),
+        queue: pending_queue(pending),
+    };
+    count(&mut cell.xmit, &packet);
+    count_window(&mut cell.xmit, packet.bytes, 2 * place);
+    if let Some(queue) = queue(place, packet.queue) {
+        Word::of(&queue.xmit_packets).add(1);
+        Word::of(&queue.xmit_bytes).add(u64::from(packet.bytes));
+    }
+    0
+}
+
+/// `trace_netif_receive_skb(struct sk_buff *skb)`, where the host takes a packet from a device, the Ethernet header
+/// already in front of it. Adds it to its device.
+#[btf_tracepoint(function = "netif_receive_skb")]
+pub(crate) fn netif_receive_skb(ctx: BtfTracePointContext) -> i32 {
+    let skb: Address = ctx.arg(0);
+    // SAFETY: an argument of a BTF tracepoint, and a device loaded through it.
+    unsafe {
+        let dev: Address = load(skb, offset(&NET_LAYOUT.skb_dev));
+        let Some(place) = watched(dev) else { return 0 };
+        let Some(cell) = cell(place) else { return 0 };
+        let len: u32 = load::<u32>(skb, offset(&NET_LAYOUT.skb_len)) + ETHERNET_HEADER;
+        let packet = Packet {
+            bytes: if is_tagged(skb) { len + VLAN_TAG } else { len },
+            wire: wire_packets(skb, len),
+            // `skb_record_rx_queue()` stores the number plus 1.
+            queue: load::<u16>(skb, offset(&NET_LAYOUT.skb_queue_mapping)).wrapping_sub(1),
+        };
+        if cell.receive.packets % MAC_SAMPLE == 0 {
+            look_at_source(place, 1, skb);
+        }
+        count(&mut cell.receive, &packet);
+        count_window(&mut cell.receive, packet.bytes, 2 * place + 1);
+        if let Some(queue) = queue(place, packet.queue) {
+            Word::of(&queue.receive_packets).add(1);
+            Word::of(&queue.receive_bytes).add(u64::from(packet.bytes));
+        }
+    }
+    0
+}
+
+/// `trace_kfree_skb(struct sk_buff *skb, void *location, enum skb_drop_reason reason, …)`: a packet is thrown away
+/// (Linux 6.11 appended the receiving socket). Counts it for the device it belongs to, by place and reason.
+#[btf_tracepoint(function = "kfree_skb")]
+pub(crate) fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
+    let skb: Address = ctx.arg(0);
+    // SAFETY: an argument of a BTF tracepoint, and a device loaded through it. What stands in the place of a device
+    // that is not set reads as 0 or as some other number, which no watched device has.
+    unsafe {
+        let dev: Address = load(skb, offset(&NET_LAYOUT.skb_dev));
+        let Some(place) = watched(dev) else { return 0 };
+        let (Some(cell), Some(nic)) = (cell(place), nic(place)) else { return 0 };
+        // Set by `__netif_receive_skb_core()`: the packet came from here.
+        let came_from: u32 = load(skb, offset(&NET_LAYOUT.skb_iif));
+        let at = if cell.xmit.pending != 0 {
+            DROP_IN_DEVICE
+        } else if came_from == load(dev, offset(&NET_LAYOUT.dev_ifindex)) {
+            DROP_AFTER_DEVICE
+        } else {
+            DROP_BEFORE_DEVICE
+        };
+        count_drop(nic, drop_key(at, ctx.arg::<u32>(2)));
+    }
+    0
+}
+
+/// What is counted of one packet.
+struct Packet {
+    bytes: u32,
+    wire: u32,
+    queue: u16,
+}
+
+#[inline(always)]
+fn count(side: &mut NicSide, packet: &Packet) {
+    side.packets += 1;
+    side.bytes += u64::from(packet.bytes);
+    side.wire_packets += u64::from(packet.wire);
+}
+
+/// The place of a device, if it is watched.
+///
+/// # Safety
+/// `dev` must be a pointer to a `net_device` that the verifier trusts.
+#[inline(always)]
+unsafe fn watched(dev: Address) -> Option<u32> {
+    // SAFETY: by the caller.
+    let ifindex: u32 = unsafe { load(dev, offset(&NET_LAYOUT.dev_ifindex)) };
+    // SAFETY: a valid map value for the life of the program; user space changes whole words.
+    let filter = unsafe { &*FILTER.get_ptr(0)? };
+    let bit = ifindex % NIC_FILTER_BITS;
+    if filter.0[(bit / 64) as usize] >> (bit % 64) & 1 == 0 {
+        return None;
+    }
+    // SAFETY: by the caller; the namespace was loaded through the device.
+    let netns: u32 = unsafe {
+        let net: Address = load(dev, offset(&NET_LAYOUT.dev_net));
+        load(net, offset(&NET_LAYOUT.net_inum))
+    };
+    let key = nic_key(netns, ifindex);
+    // SAFETY: as above.
+    let table = unsafe { &*TABLE.get_ptr(0)? };
+    let start = nic_start(key);
+    for i in 0..NIC_TABLE_PROBES {
+        let entry = &table.0[(start + i) as usize % NIC_TABLE_ENTRIES];
+        if entry.key == key {
+            return u32::try_from(entry.place).ok();
+        }
+    }
+    None
+}
+
+/// The counts of a device on this CPU.
+#[inline(always)]
+fn cell(place: u32) -> Option<&'static mut NicCell> {
+    // SAFETY: plain helper call.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    // SAFETY: a valid map value; only this CPU changes it, see the top of this file.
+    unsafe { CELLS.get_ptr_mut(place.wrapping_mul(offset(&NET_LAYOUT.cpus)).wrapping_add(cpu))?.as_mut() }
+}
+
+#[inline(always)]
+fn nic(place: u32) -> Option<&'static Nic> {
+    // SAFETY: a valid map value; what changes in it is accessed atomically.
+    unsafe { LIST.get_ptr(place)?.as_ref() }
+}
+
+/// A queue of a device whose queues are counted by themselves.
+#[inline(always)]
+fn queue(place: u32, queue: u16) -> Option<&'static NicQueue> {
+    let nic = nic(place)?;
+    if u32::from(queue) >= nic.queues {
+        return None;
+    }
+    // SAFETY: a valid map value, accessed atomically.
+    unsafe { QUEUES.get_ptr(nic.first_queue + u32::from(queue))?.as_ref() }
+}
+
+/// Whether there is a VLAN tag that is not in the packet's bytes.
+///
+/// # Safety
+/// `skb` must be a pointer that the verifier trusts.
+#[inline(always)]
+unsafe fn is_tagged(skb: Address) -> bool {
+    let bit = offset(&NET_LAYOUT.skb_vlan_bit);
+    // SAFETY: by the caller.
+    unsafe {
+        if bit == 0 {
+            load::<u32>(skb, offset(&NET_LAYOUT.skb_vlan)) != 0
+        } else {
+            u32::from(load::<u8>(skb, offset(&NET_LAYOUT.skb_vlan))) & bit != 0
+        }
+    }
+}
+
+/// How many packets a packet becomes on a wire. `len` with the Ethernet header.
+///
+/// # Safety
+/// `skb` must be a pointer that the verifier trusts.
+#[inline(always)]
+unsafe fn wire_packets(skb: Address, len: u32) -> u32 {
+    // SAFETY: by the caller.
+    let (head, end) = unsafe {
+        (load::<u64>(skb, offset(&NET_LAYOUT.skb_head)), load::<u32>(skb, offset(&NET_LAYOUT.skb_end)))
+    };
+    let shared = head + u64::from(end);
+    let gso: u32 = probe(shared, offset(&NET_LAYOUT.shared_gso_size)).unwrap_or(0);
+    let (size, segments) = (gso & 0xffff, gso >> 16);
+    if size == 0 {
+        return 1;
+    }
+    if segments != 0 {
+        return segments;
+    }
+    // The tun driver does not believe a guest's count and leaves it to be computed.
+    // SAFETY: by the caller.
+    let (mac, transport) = unsafe {
+        (
+            load::<u16>(skb, offset(&NET_LAYOUT.skb_mac_header)),
+            load::<u16>(skb, offset(&NET_LAYOUT.skb_transport_header)),
+        )
+    };
+    let kind: u32 = probe(shared, offset(&NET_LAYOUT.shared_gso_type)).unwrap_or(0);
+    let header = if kind & GSO_UDP_L4 != 0 {
+        8
+    } else if kind & GSO_UDP != 0 {
+        0
+    } else {
+        // Upper half of byte 12 of a TCP header: its length in words of 4 bytes.
+        u32::from(probe::<u8>(head + u64::from(transport), 12).unwrap_or(0x50) >> 4) * 4
+    };
+    let headers = u32::from(transport.wrapping_sub(mac)) + header;
+    let payload = len.saturating_sub(headers);
+    let count = payload.wrapping_add(size - 1) / size;
+    if count > 1 { count } else { 1 }
+}
+
+/// Remembers the source address of a packet: the guest's own address can only come from the guest.
+///
+/// # Safety
+/// `skb` must be a pointer that the verifier trusts.
+#[inline(always)]
+unsafe fn look_at_source(place: u32, direction: usize, skb: Address) {
+    // SAFETY: by the caller.
+    let (head, mac) = unsafe {
+        (load::<u64>(skb, offset(&NET_LAYOUT.skb_head)), load::<u16>(skb, offset(&NET_LAYOUT.skb_mac_header)))
+    };
+    if let (Some(nic), Some(source)) = (nic(place), probe::<u64>(head + u64::from(mac), 6)) {
+        Word::of(&nic.source_mac[direction]).store(source & 0xffff_ffff_ffff);
+    }
+}
+
+/// A packet each this often or more often makes the clock too dear to be read for all.
+const DENSE_NS: u64 = 8_000;
+/// Packets that are then counted without reading it.
+const CREDIT: u32 = 7;
+
+/// Adds a packet to the millisecond it passes in.
+///
+/// A clock costs more than all the rest, so it is read at each packet only while they come more than [`DENSE_NS`]
+/// apart. Else the next [`CREDIT`] packets count into the same millisecond, unless the kernel's tick says that time went
+/// on: a window is wrong by those at most, one in eighteen. Each CPU sums for itself, and hands in its sum when a
+/// packet falls into a later millisecond; user space collects what was left behind. `of` is the place in `WINDOWS`.
+#[inline(always)]
+fn count_window(side: &mut NicSide, bytes: u32, of: u32) {
+    let add = WINDOW_PACKET + u64::from(bytes);
+    // SAFETY: plain helper call.
+    let jiffy = unsafe { bpf_jiffies64() };
+    side.since_clock += 1;
+    if side.credit > 0 && side.jiffy == jiffy {
+        side.credit -= 1;
+        side.window += add;
+        return;
+    }
+    // SAFETY: plain helper call.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let dense = now.wrapping_sub(side.clock_ns) < DENSE_NS * u64::from(side.since_clock);
+    side.credit = if dense { CREDIT } else { 0 };
+    side.clock_ns = now;
+    side.jiffy = jiffy;
+    side.since_clock = 0;
+    let begin = Window::begin(now / 1_000_000);
+    let before = side.window;
+    if before >> 44 == begin >> 44 && before != 0 {
+        side.window = before + add;
+        return;
+    }
+    // User space takes a sum that was left behind, so it is exchanged and not overwritten.
+    let before = Word::of(&side.window).swap(begin + add);
+    // SAFETY: a valid map value; what changes in it is accessed atomically or by one closer at a time.
+    if let Some(windows) = unsafe { WINDOWS.get_ptr_mut(of).and_then(|w| w.as_mut()) } {
+        hand_in(windows, before);
+    }
+}
+
+/// Attempts to hand in a sum while other CPUs do the same.
+const ATTEMPTS: u32 = 4;
+
+/// Adds what one CPU counted in a millisecond to what the others did. Whoever puts a later millisecond in the place of
+/// an earlier one closes that.
+#[inline(always)]
+fn hand_in(windows: &mut NicWindows, sum: u64) {
+    let window = Window::from_word(sum);
+    if window.packets == 0 {
+        return;
+    }
+    let place = window.millisecond as usize % OPEN_WINDOWS;
+    let open = Word::of(&windows.open[place]);
+    let mut found = open.load();
+    for _ in 0..ATTEMPTS {
+        let there = Window::from_word(found);
+        let same = there.packets != 0 && there.millisecond == window.millisecond;
+        let ahead = window.millisecond.wrapping_sub(there.millisecond) % WINDOW_MILLISECONDS;
+        if there.packets != 0 && ahead > WINDOW_MILLISECONDS / 2 {
+            return close(windows, window); // Too late to be added: the place is taken by a later one.
+        }
+        let new = if same { found + (sum & ((1 << 44) - 1)) } else { sum };
+        let now = open.exchange(found, new);
+        if now != found {
+            found = now;
+            continue;
+        }
+        if !same && there.packets != 0 {
+            close(windows, there);
+        }
+        return;
+    }
+    close(windows, window);
+}
+
+/// Counts a window that is over.
+#[inline(always)]
+fn close(windows: &mut NicWindows, window: Window) {
+    let bucket = window_bucket(window.bytes) as usize;
+    if let Some(pair) = windows.closed.get(bucket / 2) {
+        Word::of(pair).add(1 << (bucket % 2 * 32));
+    }
+    // SAFETY: aligned and valid; user space changes the word as a whole.
+    let wanted = unsafe { core::ptr::read_volatile(&windows.wanted) };
+    if windows.of != wanted {
+        windows.most_bytes = 0;
+        windows.most_packets = 0;
+    }
+    if window.bytes > windows.most_bytes {
+        windows.most_bytes = window.bytes;
+    }
+    if window.packets > windows.most_packets {
+        windows.most_packets = window.packets;
+    }
+    windows.of = wanted;
+}
+
+#[inline(always)]
+fn count_drop(nic: &Nic, key: u64) {
+    for drop in &nic.drops {
+        let NicDrop { key: at, packets } = drop;
+        let mut found = Word::of(at).load();
+        if found == 0 {
+            found = Word::of(at).exchange(0, key);
+            if found == 0 {
+                found = key;
+            }
+        }
+        if found == key {
+            Word::of(packets).add(1);
+            return;
+        }
+    }
+    Word::of(&nic.other_drops).add(1);
+}

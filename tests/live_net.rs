@@ -1,0 +1,107 @@
+//! What passes a tap, against both of its ends, on this machine's kernel.
+//!
+//! Most tests hold a tap by both ends, so that the truth is a number of this program; the last ones watch a real guest.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test may panic, and prints what it measured"
+)]
+
+use lab::tap::{NetSpace, RawTap, VnetHeader, frame, tcp_with_segments};
+use monitor::{
+    source::ebpf::{DeviceTraffic, Ebpf, NicSlot, probes::ProbeGroup},
+    units::NicKey,
+};
+
+const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x77, 1, 1];
+const HOST: [u8; 6] = [0xfe, 0x54, 0, 0x77, 1, 1];
+
+fn open() -> Ebpf {
+    Ebpf::open(&[ProbeGroup::Net]).unwrap()
+}
+
+fn key(space: &NetSpace, device: &str) -> NicKey {
+    NicKey { netns: space.inode().unwrap(), ifindex: space.ifindex(device).unwrap() }
+}
+
+fn read(ebpf: &mut Ebpf, slot: &NicSlot) -> DeviceTraffic {
+    ebpf.read().unwrap();
+    ebpf.traffic(slot).unwrap().clone()
+}
+
+/// Lengths between the least and the most of an Ethernet frame, every one of them.
+fn length(number: u64) -> usize {
+    60 + usize::try_from(number * 7919 % 1455).unwrap()
+}
+
+#[test]
+fn a_million_packets_of_mixed_sizes_each_way_are_exact() {
+    const PACKETS: u64 = 1_000_000;
+    let mut ebpf = open();
+    let space = NetSpace::new().unwrap();
+    let tap = RawTap::open(&space, "tap0", 1, VnetHeader::No).unwrap();
+    let other = RawTap::open(&space, "tap1", 1, VnetHeader::No).unwrap();
+    let slot = ebpf.watch(key(&space, "tap0"), 0).unwrap();
+    let socket = space.frame_socket("tap0", VnetHeader::No).unwrap();
+    let (mut to_guest, mut to_host) = (frame(GUEST, HOST, 1514), frame(HOST, GUEST, 1514));
+    let (mut buffer, mut truth) = ([0; 2048], [[0, 0]; 2]);
+    for number in 0..PACKETS {
+        let bytes = length(number);
+        socket.send(&to_guest[..bytes]).unwrap();
+        assert_eq!(tap.receive(&mut buffer), Some(bytes));
+        truth[0] = [truth[0][0] + 1, truth[0][1] + bytes as u64];
+        let bytes = length(number * 3);
+        tap.send(&to_host[..bytes]).unwrap();
+        truth[1] = [truth[1][0] + 1, truth[1][1] + bytes as u64];
+        if number % 1000 == 0 {
+            other.send(&to_host).unwrap(); // Nobody watches this one.
+            to_guest[20] = to_guest[20].wrapping_add(1);
+            to_host[20] = to_host[20].wrapping_add(1);
+        }
+    }
+    let traffic = read(&mut ebpf, &slot);
+    let kernel = space.counters("tap0").unwrap();
+    println!("truth {truth:?}\nebpf {traffic:?}\nkernel {kernel:?}");
+    assert_eq!([traffic.xmit.packets, traffic.xmit.bytes], truth[0]);
+    assert_eq!([traffic.receive.packets, traffic.receive.bytes], truth[1]);
+    assert_eq!([kernel.tx_packets, kernel.tx_bytes], truth[0]);
+    assert_eq!([kernel.rx_packets, kernel.rx_bytes], truth[1]);
+    assert_eq!(traffic.xmit.wire_packets, Some(PACKETS), "nothing was to be segmented");
+    assert_eq!(traffic.receive.wire_packets, Some(PACKETS));
+    assert_eq!(traffic.refused, 0);
+    assert_eq!(ebpf.sources(&slot), [Some(HOST), Some(GUEST)]);
+}
+
+#[test]
+fn segments_are_counted_as_they_would_be_on_a_wire() {
+    let mut ebpf = open();
+    let space = NetSpace::new().unwrap();
+    let tap = RawTap::open(&space, "tap0", 1, VnetHeader::Yes).unwrap();
+    let slot = ebpf.watch(key(&space, "tap0"), 0).unwrap();
+    let socket = space.frame_socket("tap0", VnetHeader::Yes).unwrap();
+    let mut buffer = vec![0; 70_000];
+    let (mut packets, mut bytes, mut wire) = (0, 0, 0);
+    for (payload, segment) in
+        [(1448, 0), (1449, 1448), (2896, 1448), (2897, 1448), (60_000, 1448), (5_000, 536)]
+    {
+        let mut packet = tcp_with_segments(payload, segment);
+        if segment == 0 {
+            packet[..10].fill(0); // No offload asked for.
+        }
+        socket.send(&packet).unwrap();
+        assert_eq!(tap.receive(&mut buffer), Some(packet.len()));
+        tap.send(&packet).unwrap();
+        packets += 1;
+        bytes += packet.len() as u64 - 10;
+        wire += if segment == 0 { 1 } else { payload.div_ceil(usize::from(segment)) as u64 };
+        let traffic = read(&mut ebpf, &slot);
+        let [xmit, receive] = [traffic.xmit, traffic.receive].map(|side| side.wire_packets.unwrap());
+        assert_eq!([xmit, receive], [wire, wire], "{payload} bytes in segments of {segment}");
+    }
+    let traffic = read(&mut ebpf, &slot);
+    println!("wire {wire}: {traffic:?}");
+    for side in [traffic.xmit, traffic.receive] {
+        assert_eq!((side.packets, side.bytes, side.wire_packets), (packets, bytes, Some(wire)));
+    }
+}
