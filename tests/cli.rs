@@ -476,7 +476,7 @@ fn what_a_source_does_not_tell_is_absent() {
     assert_eq!(windows, ["libvirt"]);
     assert_eq!(sample["cpu"], json!({}));
     assert_eq!(sample["vcpus"], json!([{ "vcpu": 0 }, { "vcpu": 1 }]));
-    assert_eq!(sample["interfaces"], json!([{ "device": "testnet0" }]));
+    assert_eq!(sample["interfaces"], json!([{ "device": "testnet0", "mac": "aa:bb:cc:dd:ee:ff" }]));
     assert_eq!(sample["disks"], json!([{ "target": "vda" }]));
     assert_eq!(sample["memory"], json!({}));
 }

@@ -72,7 +72,9 @@ pub(super) fn judge(pair: &Pair, known: Known) -> Judgement {
     }
     let tolerated = tolerated(pair);
     if real_of(last) <= tolerated {
-        if let Some(found) = hidden(pair, real_of(left.slack.unwrap_or(0))) {
+        // A queue that fills up and stays full looks like a step, of the size that is known.
+        let queued = explained.iter().any(|e| e.cause == Cause::Backlog.name());
+        if !queued && let Some(found) = hidden(pair, real_of(left.slack.unwrap_or(0))) {
             return Judgement { explained, ..found };
         }
         return no_contradiction(pair, real_of(first) <= tolerated, judgement);
