@@ -236,6 +236,17 @@ fn a_lost_second_is_detected_and_placed() {
 }
 
 #[test]
+fn a_lost_second_of_even_traffic_is_detected_too() {
+    // Each reading alone leaves room for a second's worth; all of them together do not.
+    let even = |at: u64| at / 1_000_000;
+    let lost = move |at: u64| even(at) - if at > 60 * SECOND { 1_000 } else { 0 };
+    let report = report(vec![both("interfaces", "rx_packets", even, lost)]);
+    let of = comparison(&report, "rx_packets", "libvirt");
+    assert_eq!((of.verdict, of.looks_like), (Verdict::Disagree, Some("step")), "{of:?}");
+    assert!(of.reason.contains("were lost about"), "{}", of.reason);
+}
+
+#[test]
 fn a_source_that_is_three_seconds_late_is_detected_and_named() {
     let report =
         report(vec![both("interfaces", "rx_packets", packets, |at| packets(at.saturating_sub(3 * SECOND)))]);

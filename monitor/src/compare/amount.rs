@@ -61,7 +61,7 @@ pub fn percent(of_hundred: f64) -> String {
 #[must_use]
 pub fn signed(text: String) -> String {
     let nothing = !text.contains(|c: char| c.is_ascii_digit() && c != '0');
-    if text.starts_with('-') || nothing { text } else { format!("+{text}") }
+    if text.starts_with(['-', '<']) || nothing { text } else { format!("+{text}") }
 }
 
 #[cfg(test)]

@@ -17,36 +17,35 @@ use crate::{
 };
 
 pub(super) fn find(of: &Comparison, domains: &[DomainReport]) -> Vec<Finding> {
-    let mut findings = Vec::new();
+    let mut findings: Vec<Finding> = Vec::new();
     for (state, domain) in of.domains.values().zip(domains) {
-        let mut grouped: BTreeMap<(String, &'static str, &'static str), Finding> = BTreeMap::new();
         for entity in &domain.entities {
             for metric in &entity.metrics {
                 for comparison in &metric.comparisons {
-                    for finding in of_comparison(domain, entity, metric, comparison) {
-                        let key = (finding.cause.clone(), metric.metric, comparison.other);
-                        merge(&mut grouped, key, finding);
-                    }
+                    let found = of_comparison(domain, entity, metric, comparison);
+                    found.into_iter().for_each(|finding| add(&mut findings, finding));
                 }
             }
         }
-        findings.extend(grouped.into_values());
-        findings.extend(ceilometer(domain));
-        findings.extend(balloon(domain, state));
+        ceilometer(domain).into_iter().for_each(|finding| add(&mut findings, finding));
+        balloon(domain, state).into_iter().for_each(|finding| add(&mut findings, finding));
     }
     findings
 }
 
-/// The same finding of several entities is one, with the sum of their sizes and the sentence of the largest.
-fn merge<K: Ord>(all: &mut BTreeMap<K, Finding>, key: K, finding: Finding) {
-    match all.get_mut(&key) {
-        None => drop(all.insert(key, finding)),
+/// The same finding in several places is one, with the sentence of where it is largest.
+fn add(all: &mut Vec<Finding>, finding: Finding) {
+    let same = |f: &&mut Finding| {
+        (&f.cause, &f.metric, &f.source, f.verdict)
+            == (&finding.cause, &finding.metric, &finding.source, finding.verdict)
+    };
+    match all.iter_mut().find(same) {
+        None => all.push(finding),
         Some(known) => {
-            known.entities.extend(finding.entities);
+            known.places.extend(finding.places);
             if finding.amount.abs() > known.amount.abs() {
                 known.amount = finding.amount;
                 known.sentence = finding.sentence;
-                known.verdict = finding.verdict;
             }
         }
     }
@@ -61,8 +60,8 @@ fn of_comparison(
     let finding = |cause: &str, size: f64, sentence: String| Finding {
         cause: cause.to_owned(),
         verdict: comparison.verdict,
-        domain: domain.name.clone(),
-        entities: vec![entity.label.clone()],
+        source: comparison.other.to_owned(),
+        places: vec![format!("{} {}", domain.name, entity.label)],
         metric: metric.metric.to_owned(),
         amount: size,
         unit: metric.unit,
@@ -162,8 +161,8 @@ fn ceilometer(domain: &DomainReport) -> Option<Finding> {
     Some(Finding {
         cause: "ceilometer_wait".to_owned(),
         verdict: Verdict::Explained,
-        domain: domain.name.clone(),
-        entities: vcpus().map(|e| e.label.clone()).collect(),
+        source: SourceKind::Libvirt.name().to_owned(),
+        places: vec![domain.name.clone()],
         metric: "run_ns".to_owned(),
         amount: if wait > 0.0 { wait } else { waited },
         unit: "ns",
@@ -186,8 +185,8 @@ fn balloon(domain: &DomainReport, state: &super::DomainState) -> Option<Finding>
     Some(Finding {
         cause: Cause::StaleBalloon.name().to_owned(),
         verdict: Verdict::Explained,
-        domain: domain.name.clone(),
-        entities: vec!["memory".to_owned()],
+        source: SourceKind::Libvirt.name().to_owned(),
+        places: vec![domain.name.clone()],
         metric: "available_bytes".to_owned(),
         amount: real(size),
         unit: "s",

@@ -69,6 +69,8 @@ pub struct Pair {
     pub relative: Distribution,
     /// Both over time.
     pub history: History<2>,
+    /// Between which numbers the reference was at each reading: how far apart these were.
+    pub widths: Distribution,
     /// Position of the metric in the other direction, if there is one.
     pub swapped_index: Option<usize>,
     /// Position of the packets that go with these bytes.
@@ -143,6 +145,7 @@ impl Pair {
             differences: Distribution::default(),
             relative: Distribution::default(),
             history: History::default(),
+            widths: Distribution::default(),
             swapped_index: None,
             packets_index: None,
             beyond: Distribution::default(),
@@ -201,6 +204,9 @@ impl Pair {
             return self.judge_gauge(pending.reading, trail);
         }
         let Some(bracket) = trail.bracket(window, self.limit) else { return };
+        if bracket.high < NO_LIMIT {
+            self.widths.add(u64::try_from(bracket.high - bracket.low).unwrap_or(u64::MAX));
+        }
         let other = i128::from(pending.reading.value);
         let everything = pending.allowed.last().copied().unwrap_or(Allowance::NOTHING);
         let allowed = std::iter::once(&Allowance::NOTHING).chain(&pending.allowed);

@@ -129,13 +129,13 @@ pub struct Finding {
     pub cause: String,
     /// How bad: `disagree` or `explained`.
     pub verdict: Verdict,
-    /// Domain.
-    pub domain: String,
-    /// Entities in it.
-    pub entities: Vec<String>,
+    /// The source it is about.
+    pub source: String,
+    /// Where it was found: domain and entity.
+    pub places: Vec<String>,
     /// Metric.
     pub metric: String,
-    /// Size, in `unit`.
+    /// Size where it is largest, in `unit`.
     pub amount: f64,
     /// `ns`, `bytes`, `count` or `s`.
     pub unit: &'static str,
@@ -554,9 +554,15 @@ fn metric_report(entity: &Entity, def: &'static MetricDef) -> Option<MetricRepor
         trusted(def).filter(read).map(|s| figure_report(def, s, &figures[s as usize])).collect();
     let best = trusted(def).find(read)?;
     let known = Known { host_view: entity.interface.as_deref() == Some("direct") };
+    // Of what a cause relates, one comparison says it all: libvirt's, which is what others show, if it is there.
+    let related = |other| {
+        entity.pairs.iter().any(|p| p.def.metric == def.metric && p.relation.is_some() && p.other == other)
+    };
+    let shown = if related(SourceKind::Libvirt) { SourceKind::Libvirt } else { best };
     let comparisons: Vec<ComparisonReport> = entity
         .pairs
         .iter()
+        .filter(|p| p.relation.is_none() || p.other == shown)
         .filter(|p| p.def.metric == def.metric)
         // A source that came later than another but is trusted more is the reference from then on.
         .filter(|p| p.relation.is_some() || p.reference == best)

@@ -19,6 +19,11 @@ const TOLERATED_SHARE: f64 = 0.001;
 /// A hypothesis beside the known causes has to leave less than this share.
 const FITS: f64 = 0.1;
 
+/// Fewer readings than these show no shape.
+const ENOUGH: u64 = 30;
+/// A shape has to be larger than this share of what the reference moved between readings.
+const CERTAIN: f64 = 0.8;
+
 /// The result.
 #[derive(Clone, Debug)]
 pub(super) struct Judgement {
@@ -155,10 +160,12 @@ fn hidden(pair: &Pair, slack: f64) -> Option<Judgement> {
         Shape::Factor(factor) => (factor * pair.reference_total).abs(),
         Shape::Step { amount, .. } => amount.abs(),
     };
-    // Ticks and runs in progress move a difference by as much as they allow.
+    // Ticks and runs in progress move a difference by as much as they allow, and where the reference was between its
+    // readings is a guess.
     let allowed = if pair.causes.is_empty() { 0.0 } else { slack };
-    let least = tolerated(pair).max(0.001 * pair.reference_total).max(allowed);
-    (effect > least && effect > 1.5).then(|| {
+    let guessed = CERTAIN * real(pair.widths.percentile(95));
+    let least = tolerated(pair).max(0.001 * pair.reference_total).max(allowed).max(guessed);
+    (pair.ticks >= ENOUGH && effect > least && effect > 1.5).then(|| {
         let (looks_like, reason) = describe(pair, shape);
         Judgement {
             unexplained: effect,

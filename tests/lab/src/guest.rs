@@ -27,6 +27,8 @@ pub struct Guest {
     pub uuid: String,
     /// Process id of its QEMU, as this process sees it.
     pub pid: u32,
+    /// What it was asked to do.
+    pub script: String,
     /// The file that the guest's console is written to.
     pub console_path: PathBuf,
     pub(crate) space: Arc<Space>,

@@ -214,6 +214,7 @@ impl Lab {
             pid: guest::read_pid(&self.path(format!("/run/libvirt/qemu/{}.pid", spec.name)))?,
             uuid: self.virsh(&["domuuid", &spec.name])?.trim().to_owned(),
             name: spec.name.clone(),
+            script: spec.script.clone(),
             console_path: console.clone(),
             space: Arc::clone(&self.space),
             input,

@@ -82,10 +82,7 @@ fn findings(page: &mut String, report: &Report) {
     page.push_str("<h2>Findings</h2>\n<ul class=\"findings\">\n");
     for finding in &report.findings {
         let class = if finding.verdict == Verdict::Disagree { "bad" } else { "fine" };
-        let also = match finding.entities.len() {
-            0 | 1 => String::new(),
-            _ => format!(" <small>of {}</small>", escape(&finding.entities.join(", "))),
-        };
+        let also = format!("<small>{}</small>", escape(&table::more_places(finding)));
         let _ = writeln!(
             page,
             "<li><span class=\"tag {class}\">{}</span> {}{also}</li>",
@@ -108,7 +105,7 @@ fn domain(page: &mut String, domain: &DomainReport, plots: bool) {
     if !truths.is_empty() {
         page.push_str("<h3>What the guest did, and what each source says</h3>\n");
         let titles: Vec<&str> = table::TRUTH_TITLES.into_iter().chain(["why they differ"]).collect();
-        table_head(page, &titles);
+        table_head(page, &titles, &(1..5));
         for (cells, note) in truths {
             let cells: Vec<String> = cells.into_iter().chain([note.to_owned()]).collect();
             table_row(page, &cells, 1..5, ("", ""));
@@ -118,7 +115,7 @@ fn domain(page: &mut String, domain: &DomainReport, plots: bool) {
     let rows = table::comparison_rows(domain);
     if !rows.is_empty() {
         page.push_str("<h3>Source against source</h3>\n");
-        table_head(page, &table::COMPARISON_TITLES);
+        table_head(page, &table::COMPARISON_TITLES, &(2..7));
         for row in &rows {
             let class = match row.verdict {
                 Verdict::Agree => "good",
@@ -130,11 +127,7 @@ fn domain(page: &mut String, domain: &DomainReport, plots: bool) {
         }
         page.push_str("</tbody></table></div>\n");
     }
-    let _ = writeln!(
-        page,
-        "<p class=\"quiet\">{} further figures have one source only.</p>",
-        table::only_sources(domain)
-    );
+    let _ = writeln!(page, "<p class=\"quiet\">{}</p>", table::rest(domain));
     if plots {
         page.push_str("<div class=\"plots\">\n");
         domain.entities.iter().for_each(|entity| self::plots(page, entity));
@@ -199,9 +192,12 @@ fn figure(page: &mut String, title: &str, svg: &str, note: &str) {
         writeln!(page, "<figure><figcaption>{title}</figcaption>{svg}<p class=\"quiet\">{note}</p></figure>");
 }
 
-fn table_head(page: &mut String, titles: &[&str]) {
+fn table_head(page: &mut String, titles: &[&str], right: &std::ops::Range<usize>) {
     page.push_str("<div class=\"wide\"><table><thead><tr>");
-    titles.iter().for_each(|t| page.push_str(&format!("<th>{t}</th>")));
+    for (index, title) in titles.iter().enumerate() {
+        let align = if right.contains(&index) { " class=\"n\"" } else { "" };
+        let _ = write!(page, "<th{align}>{title}</th>");
+    }
     page.push_str("</tr></thead><tbody>\n");
 }
 

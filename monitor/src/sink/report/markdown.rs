@@ -20,10 +20,7 @@ pub(super) fn render(report: &Report) -> String {
     if !report.findings.is_empty() {
         text.push_str("\n## Findings\n\n");
         for finding in &report.findings {
-            let also = match finding.entities.len() {
-                0 | 1 => String::new(),
-                _ => format!(" (of {})", finding.entities.join(", ")),
-            };
+            let also = table::more_places(finding);
             let _ = writeln!(text, "- **{}**: {}{}", finding.cause, escape(&finding.sentence), escape(&also));
         }
     }
@@ -60,7 +57,7 @@ fn domain(text: &mut String, domain: &DomainReport) {
         head(text, &table::COMPARISON_TITLES, 2..7);
         rows.iter().for_each(|r| row(text, &r.cells));
     }
-    let _ = writeln!(text, "\n{} further figures have one source only.", table::only_sources(domain));
+    let _ = writeln!(text, "\n{}", table::rest(domain));
 }
 
 fn head(text: &mut String, titles: &[&str], right: std::ops::Range<usize>) {

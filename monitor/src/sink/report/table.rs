@@ -3,7 +3,9 @@
 use crate::{
     compare::{
         amount::{amount, grouped, percent, signed, time},
-        report::{ComparisonReport, DomainReport, MetricReport, OwnReport, Report, TruthReport, Verdict},
+        report::{
+            ComparisonReport, DomainReport, Finding, MetricReport, OwnReport, Report, TruthReport, Verdict,
+        },
     },
     reconcile::real,
     units::{SourceKind, Unit},
@@ -27,7 +29,8 @@ pub(super) fn comparison_rows(domain: &DomainReport) -> Vec<Row<'_>> {
     let mut rows = Vec::new();
     for entity in &domain.entities {
         for metric in &entity.metrics {
-            rows.extend(metric.comparisons.iter().map(|c| comparison_row(&entity.label, metric, c)));
+            let shown = metric.comparisons.iter().filter(|c| !is_nothing(c));
+            rows.extend(shown.map(|c| comparison_row(&entity.label, metric, c)));
         }
     }
     rows
@@ -101,10 +104,28 @@ fn truth_row(truth: &TruthReport) -> ([String; 5], &str) {
     (cells, if off { &truth.note } else { "" })
 }
 
-/// How many figures of a domain have one source only.
-pub(super) fn only_sources(domain: &DomainReport) -> usize {
-    let metrics = domain.entities.iter().flat_map(|e| &e.metrics);
-    metrics.filter(|m| m.answer.agreement == "only_source" && m.comparisons.is_empty()).count()
+/// Nothing happened, and both say so.
+fn is_nothing(of: &ComparisonReport) -> bool {
+    of.verdict == Verdict::Agree && of.reference_total == 0.0 && of.other_total == 0.0
+}
+
+/// What the table of comparisons leaves out.
+pub(super) fn rest(domain: &DomainReport) -> String {
+    let metrics = || domain.entities.iter().flat_map(|e| &e.metrics);
+    let nothing = metrics().flat_map(|m| &m.comparisons).filter(|c| is_nothing(c)).count();
+    let only = metrics().filter(|m| m.answer.agreement == "only_source" && m.comparisons.is_empty()).count();
+    format!("Not shown: {nothing} comparisons that agree on 0; {only} figures that have one source only.")
+}
+
+/// Where else something was found.
+pub(super) fn more_places(finding: &Finding) -> String {
+    const SHOWN: usize = 8;
+    if finding.places.len() < 2 {
+        return String::new();
+    }
+    let shown = finding.places[..finding.places.len().min(SHOWN)].join(", ");
+    let more = if finding.places.len() > SHOWN { ", …" } else { "" };
+    format!(" ({} places, this is the largest: {shown}{more})", finding.places.len())
 }
 
 /// The hosts, one sentence each.

@@ -55,10 +55,7 @@ fn findings(text: &mut String, report: &Report) {
     text.push_str("\nFindings\n");
     for finding in report.findings.iter().take(SHOWN) {
         let mark = if finding.verdict == Verdict::Disagree { "!" } else { "-" };
-        let more = match finding.entities.len() {
-            0 | 1 => String::new(),
-            n => format!(" [also {} more: {}]", n - 1, finding.entities.join(", ")),
-        };
+        let more = table::more_places(finding);
         line(text, &format!("  {mark} {}: {}{more}", finding.cause, finding.sentence));
     }
     if let Some(more) = report.findings.len().checked_sub(SHOWN).filter(|n| *n > 0) {
@@ -90,7 +87,7 @@ fn domain(text: &mut String, domain: &DomainReport) {
                 .collect();
         columns(text, &table::COMPARISON_TITLES, &cells, &notes);
     }
-    let _ = writeln!(text, "  {} further figures have one source only.", table::only_sources(domain));
+    let _ = writeln!(text, "  {}", table::rest(domain));
 }
 
 /// Aligned columns, the first two to the left; notes stand below, once each.
