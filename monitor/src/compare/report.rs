@@ -374,8 +374,10 @@ pub struct TruthReport {
 pub struct ClaimReport {
     /// Who.
     pub source: &'static str,
-    /// How much.
+    /// How much, between the readings before and after.
     pub value: f64,
+    /// How much at least, between the first and the last reading inside; the same for what has no begin and end.
+    pub at_least: f64,
     /// Off the truth by.
     pub difference: f64,
     /// Per cent of the truth; absent if that is 0.
@@ -661,10 +663,11 @@ fn truth_report(watch: &Watch) -> Option<TruthReport> {
     let claims = SourceKind::ALL
         .into_iter()
         .filter_map(|source| {
-            let value = watch.claim(source)?.value;
+            let claim = watch.claim(source)?;
+            let (value, at_least) = (claim.value, claim.value - claim.outside);
             let difference = value - truth;
             let difference_pct = (truth > 0.0).then(|| difference / truth * 100.0);
-            Some(ClaimReport { source: source.name(), value, difference, difference_pct })
+            Some(ClaimReport { source: source.name(), value, at_least, difference, difference_pct })
         })
         .collect();
     Some(TruthReport {

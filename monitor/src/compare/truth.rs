@@ -126,7 +126,11 @@ impl Seen {
             return None;
         }
         let grown = |a: Reading, b: Reading| real(b.value.saturating_sub(a.value));
-        let inside = self.first.zip(self.last).map_or(0.0, |(a, b)| grown(a, b));
+        // Over the whole stream there is nothing outside.
+        let inside = match (self.before, self.after) {
+            (None, None) => grown(begin, end),
+            _ => self.first.zip(self.last).map_or(0.0, |(a, b)| grown(a, b)),
+        };
         let whole = grown(begin, end);
         Some(Claim { value: whole, outside: whole - inside })
     }

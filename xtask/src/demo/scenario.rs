@@ -60,7 +60,7 @@ fn direct(lab: &Lab, monitor: &mut Monitor) -> Result<Vec<Value>> {
     let nic = NicSpec::new(TAP, 0);
     let host = nic.host_address;
     let script = format!(
-        "{} sleep=3s cpu=cpu0:2s sleep=2.2s wait cpu=cpu1:2s sleep=2.2s write={DISK}:1000x4096 \
+        "{} sleep=3s cpu=cpu0:2s sleep=2.2s wait sleep=1.2s cpu=cpu1:2s sleep=2.2s write={DISK}:1000x4096 \
          read={DISK}:200x65536 flush={DISK}:3 sleep=1.2s udp={host}:{SINK}x{DATAGRAMS}x{PAYLOAD_BYTES}B wait \
          udprx={FLOOD}x2s sleep=1.2s tcp={host}:{STREAM_OUT}x{STREAM_BYTES}B tcprx={STREAM_IN} sleep=1.2s wait \
          udprx={LATE}x1s sleep=1.5s end=idle",

@@ -53,7 +53,7 @@ impl<'a> Truths<'a> {
                 let value = i64::try_from(cpu_ns).ok();
                 let entry = self.add(("vcpus", &vcpu.to_string()), ("run_ns", value), &quantity);
                 entry["metrics"] = json!(["run_ns", "wait_ns"]);
-                entry["between_ns"] = span(step);
+                entry["between_ns"] = span_with_sleep(truth, step);
                 entry["note"] = json!(BURN);
             }
         }
@@ -137,6 +137,17 @@ fn span(step: &StepTruth) -> Value {
     json!([step.begin_seen_ns, end])
 }
 
+/// As [`span`], from the begin of the `sleep` before the step: on a busy host the line that says that a step begins
+/// is seen when part of it is over.
+fn span_with_sleep(truth: &GroundTruth, step: &StepTruth) -> Value {
+    let mut span = span(step);
+    let before = truth.steps.iter().rfind(|s| s.number < step.number);
+    if let Some(sleep) = before.filter(|s| s.kind() == "sleep") {
+        span[0] = json!(sleep.begin_seen_ns);
+    }
+    span
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -146,15 +157,15 @@ mod tests {
     use super::*;
 
     fn truth() -> GroundTruth {
-        let step = |word: &str, did: Value| StepTruth {
-            number: 0,
+        let step = |number: u64, word: &str, did: Value| StepTruth {
+            number,
             word: word.into(),
-            begin_seen_ns: 1_000,
+            begin_seen_ns: 1_000 + number,
             done: Some(StepDone { seen_ns: 2_000, did, ..StepDone::default() }),
         };
         let steps = vec![
-            step("sleep=1s", json!({})),
-            step("cpu=cpu1:2s", json!({"cpus": [{"cpu": 1, "cpu_ns": 7}]})),
+            step(0, "sleep=1s", json!({})),
+            step(1, "cpu=cpu1:2s", json!({"cpus": [{"cpu": 1, "cpu_ns": 7}]})),
         ];
         let counters = [("disk.vda.wr_ios", 13), ("disk.vda.fl_ios", 3), ("disk.vda.wr_sectors", 80)];
         let devices = counters.map(|(name, value)| (name.to_owned(), value)).into();

@@ -86,6 +86,13 @@ fn truth_row(truth: &TruthReport) -> ([String; 5], &str) {
         let Some(claim) = truth.claims.iter().find(|c| c.source == source.name()) else {
             return "-".to_owned();
         };
+        if claim.difference != 0.0 && claim.at_least <= truth.truth && truth.truth <= claim.value {
+            return format!(
+                "{} – {} (fits)",
+                amount(claim.at_least, truth.of),
+                amount(claim.value, truth.of)
+            );
+        }
         let off = match claim.difference_pct {
             _ if claim.difference == 0.0 => "=".to_owned(),
             Some(pct) => signed(percent(pct)),
