@@ -9,11 +9,12 @@
 
 use aya_ebpf::{bindings::BPF_F_MMAPABLE, helpers::bpf_get_smp_processor_id, macros::map, maps::Array};
 use monitor_ebpf::{
-    Armed, CPUS, CULPRITS, ChargeTables, Charges, HISTOGRAMS, History, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
-    KIND_PROCESS, STINTS, Stint,
+    Armed, CPUS, CULPRITS, ChargeTables, Charges, Culprit, HISTOGRAMS, History, KIND_IDLE, KIND_IRQ,
+    KIND_KERNEL, KIND_PROCESS, STINTS, Stint,
 };
 
 use crate::kernel::{Address, LAYOUT, load, offset, probe, run_queue};
+use crate::sched::{get, set};
 
 #[map(name = "HISTORY")]
 static HISTORY: Array<History> = Array::with_max_entries(CPUS, 0);
@@ -187,19 +188,25 @@ fn add(charges: &mut Charges, stint: &Stint, ns: u64) {
 /// The name is read through `bpf_probe_read_kernel`: a task of the history may be gone, and then has none.
 #[inline(always)]
 fn add_to(charges: &mut Charges, stint: Option<&Stint>, (kind, id): (u32, u32), ns: u64) {
+    let is_theirs = |culprit: &Culprit| culprit.ns == 0 || culprit.id == id && culprit.kind == kind;
+    let mut place = CULPRITS as u64;
     for i in 0..CULPRITS {
-        let culprit = &mut charges.culprits[i];
-        if culprit.ns == 0 {
-            culprit.id = id;
-            culprit.kind = kind;
-            culprit.comm = stint.map_or([0; 16], comm);
-        } else if culprit.id != id || culprit.kind != kind {
-            continue;
+        if is_theirs(&charges.culprits[i]) {
+            place = i as u64;
+            break;
         }
-        culprit.ns += ns;
-        return;
     }
-    charges.other_ns += ns;
+    set(&mut charges.found, place);
+    let Some(culprit) = charges.culprits.get_mut(get(&charges.found) as usize) else {
+        charges.other_ns += ns;
+        return;
+    };
+    if culprit.ns == 0 {
+        culprit.id = id;
+        culprit.kind = kind;
+        culprit.comm = stint.map_or([0; 16], comm);
+    }
+    culprit.ns += ns;
 }
 
 #[inline(always)]

@@ -190,8 +190,9 @@ impl Group {
     }
 }
 
-/// NUMA node of each CPU, for the first [`CPUS`].
-pub type Nodes = [u8; CPUS as usize];
+/// NUMA node of each CPU, for the first [`CPUS`], at the place CPU plus 1, as [`Thread::last_cpu`] is kept. A program that
+/// subtracts 1 itself is refused by Linux 6.1: its verifier does not know that what is not 0 is at least 1.
+pub type Nodes = [u8; CPUS as usize + 1];
 
 /// One thread as `read_threads` found it, the interval in progress included.
 #[repr(C)]
@@ -392,6 +393,9 @@ pub struct Charges {
     /// Time waited for which nobody could be named, nanoseconds: on another CPU before a migration, or longer ago
     /// than the history reaches.
     pub unknown_ns: u64,
+    /// Where the programs put the number of a culprit, to read it back as one the verifier knows nothing of: else Linux
+    /// 6.1 follows every number of every stint to its end, and gives up after a million instructions.
+    pub found: u64,
 }
 
 impl Charges {
@@ -400,6 +404,7 @@ impl Charges {
         culprits: [Culprit { id: 0, kind: 0, ns: 0, comm: [0; 16] }; CULPRITS],
         other_ns: 0,
         unknown_ns: 0,
+        found: 0,
     };
 }
 
@@ -608,7 +613,7 @@ impl Layout {
 const _: () = assert!(size_of::<Thread>() == 128 && core::mem::offset_of!(Thread, migrations) == 64);
 const _: () = assert!(size_of::<Reading>() == 104);
 const _: () = assert!(size_of::<Clock>() == 40);
-const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1064);
+const _: () = assert!(size_of::<Charges>() == 536 && size_of::<ChargeTables>() == 1080);
 const _: () = assert!(size_of::<History>() == 8 + 48 * STINTS);
 const _: () = assert!(size_of::<Layout>() == 116);
 const _: () = assert!(THREADS as usize * 4 == TABLE_ENTRIES && THREADS.is_multiple_of(READ_BATCH));

@@ -43,7 +43,7 @@ static CLOCK: Array<Clock> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Filled in before the load.
 #[unsafe(no_mangle)]
-static NODES: Nodes = [0; CPUS as usize];
+static NODES: Nodes = [0; CPUS as usize + 1];
 
 /// `trace_sched_switch(bool preempt, struct task_struct *prev, struct task_struct *next, unsigned int
 /// prev_state)`, on the CPU that switches, with the run queue locked.
@@ -176,8 +176,8 @@ fn enter(thread: &mut Thread, task: Address, queued: u64, now: u64) {
     set(&mut thread.state, STATE_ON_CPU);
     set(&mut thread.since_ns, now);
     if u32::from(thread.last_cpu) != cpu + 1 {
-        if let Some(last) = thread.last_cpu.checked_sub(1) {
-            migrated(thread, u32::from(last), cpu);
+        if thread.last_cpu != 0 {
+            migrated(thread, u32::from(thread.last_cpu), cpu + 1);
         }
         #[expect(clippy::cast_possible_truncation, reason = "the kernel has at most 8192 CPUs")]
         set(&mut thread.last_cpu, cpu as u16 + 1);
@@ -194,6 +194,7 @@ fn enter(thread: &mut Thread, task: Address, queued: u64, now: u64) {
     }
 }
 
+/// Both CPUs are numbers plus 1, as `Nodes` has them.
 #[inline(always)]
 fn migrated(thread: &mut Thread, from: u32, to: u32) {
     let migrations = thread.migrations.wrapping_add(1);

@@ -69,7 +69,11 @@ fn probe_lines(text: &mut String, ebpf: &Ebpf) {
         let info = state.info(probe);
         let name = format!("  {}", info.name);
         match info.reason {
-            None => line(text, &name, Ok(probe.attach.describe())),
+            None => {
+                let verified =
+                    ebpf.verified(probe).map_or_else(String::new, |n| format!(", {n} instructions verified"));
+                line(text, &name, Ok(&format!("{}{verified}", probe.attach.describe())));
+            }
             Some(reason) => line(text, &name, Err(&reason)),
         }
     }

@@ -137,7 +137,7 @@ pub fn numa_nodes() -> Option<usize> {
 /// NUMA node of each CPU, as far as the kernel programs keep them; node 0 where sysfs does not tell.
 #[must_use]
 pub fn nodes_of_cpus() -> monitor_ebpf::Nodes {
-    let mut nodes = [0; monitor_ebpf::CPUS as usize];
+    let mut nodes = [0; monitor_ebpf::CPUS as usize + 1];
     let Ok(entries) = std::fs::read_dir("/sys/devices/system/node") else { return nodes };
     for entry in entries.flatten() {
         let name = entry.file_name();
@@ -146,7 +146,7 @@ pub fn nodes_of_cpus() -> monitor_ebpf::Nodes {
         };
         let cpus = std::fs::read_to_string(entry.path().join("cpulist")).unwrap_or_default();
         for cpu in cpu_list(&cpus) {
-            if let Some(of) = nodes.get_mut(cpu) {
+            if let Some(of) = nodes.get_mut(cpu.saturating_add(1)) {
                 *of = node;
             }
         }

@@ -194,6 +194,12 @@ impl Ebpf {
         &self.states
     }
 
+    /// Instructions that the verifier looked at before it let a program in; `None` if it is not loaded.
+    #[must_use]
+    pub fn verified(&self, probe: &Probe) -> Option<u32> {
+        self.object.program(probe.program)?.info().ok()?.verified_instruction_count()
+    }
+
     /// Runs of each program so far; empty unless the kernel counts them.
     #[must_use]
     pub fn runs(&self) -> Vec<(&'static str, ProgramRuns)> {
