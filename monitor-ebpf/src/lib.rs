@@ -304,7 +304,8 @@ impl Histograms {
     pub const ZERO: Self = Self { wait: [0; BUCKETS], run: [0; BUCKETS], stagger: [0; 8] };
 }
 
-/// Histograms that can be kept at once.
+/// Histograms that can be kept at once, unless user space asks for another number when it loads the programs, as for all
+/// arrays of many entries.
 pub const HISTOGRAMS: u32 = 1_024;
 
 /// The bucket of a duration: 16 linear ones below 2⁶ ns (4 ns each), then 16 for each power of two up to 2³⁷ ns

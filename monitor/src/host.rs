@@ -134,6 +134,14 @@ pub fn numa_nodes() -> Option<usize> {
     Some(nodes.count()).filter(|n| *n > 0)
 }
 
+/// CPUs that this machine can have, by the highest number; 1 024 if sysfs does not tell.
+#[must_use]
+pub fn possible_cpus() -> u32 {
+    let text = std::fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
+    let cpus = cpu_list(&text).max().and_then(|last| u32::try_from(last + 1).ok());
+    cpus.unwrap_or(monitor_ebpf::CPUS)
+}
+
 /// NUMA node of each CPU, as far as the kernel programs keep them; node 0 where sysfs does not tell.
 #[must_use]
 pub fn nodes_of_cpus() -> monitor_ebpf::Nodes {

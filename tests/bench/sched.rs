@@ -21,12 +21,12 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use monitor::{
-    source::ebpf::{Ebpf, Keep, ProgramRuns, Slot, Yardstick, probes::ProbeGroup},
-    units::Tid,
+    source::ebpf::{Ebpf, GroupSlot, Keep, ProcessSlot, ProgramRuns, Slot, Yardstick, probes::ProbeGroup},
+    units::{Tgid, Tid},
 };
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -72,6 +72,19 @@ impl Ring {
         Self { tids: (0..threads).map(tid).collect(), hops, start }
     }
 
+    fn follow(&self, ebpf: &mut Ebpf, keep: Keep, group: Option<&GroupSlot>) -> Vec<Slot> {
+        self.tids.iter().map(|tid| ebpf.follow(*tid, keep, group).unwrap()).collect()
+    }
+
+    /// Hops per second with nothing measured.
+    fn speed(&mut self) -> f64 {
+        self.start.write_all(b"x").unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        let (begin, hops) = (Instant::now(), self.hops.load(Ordering::Relaxed));
+        std::thread::sleep(WINDOW);
+        (self.hops.load(Ordering::Relaxed) - hops) as f64 / begin.elapsed().as_secs_f64()
+    }
+
     /// Hops made while `WINDOW` passes, and what the kernel counted for each program meanwhile.
     fn measure(&mut self, runs: impl Fn() -> BTreeMap<String, ProgramRuns>) -> Measured {
         self.start.write_all(b"x").unwrap();
@@ -109,6 +122,7 @@ struct Measured {
 enum Subject {
     Empty,
     OtherThreads,
+    Ledger,
     VmThreads,
     Runqlat,
 }
@@ -118,6 +132,7 @@ impl Subject {
         match self {
             Self::Empty => "empty program",
             Self::OtherThreads => "ours, threads of no VM",
+            Self::Ledger => "ours, vCPU threads, ledger and counts",
             Self::VmThreads => "ours, vCPU threads, everything on",
             Self::Runqlat => "runqlat (libbpf-tools)",
         }
@@ -130,11 +145,12 @@ impl Subject {
                 let yardstick = Yardstick::open().unwrap();
                 Some(ring.measure(|| yardstick.runs().map(|r| ("empty".to_owned(), r)).into_iter().collect()))
             }
-            Self::OtherThreads | Self::VmThreads => {
-                let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
-                let follow = |tid: &Tid| ebpf.follow(*tid, Keep::TimesAndHistograms, None).unwrap();
+            Self::OtherThreads | Self::Ledger | Self::VmThreads => {
+                let mut ebpf = Ebpf::open(&[ProbeGroup::Sched]).unwrap();
+                let group = ebpf.follow_group();
                 let _slots: Vec<Slot> = match self {
-                    Self::VmThreads => ring.tids.iter().map(follow).collect(),
+                    Self::Ledger => ring.follow(&mut ebpf, Keep::Times, None),
+                    Self::VmThreads => ring.follow(&mut ebpf, Keep::TimesAndHistograms, group.as_ref()),
                     _ => Vec::new(),
                 };
                 Some(ring.measure(|| ebpf.runs().into_iter().map(|(n, r)| (n.to_owned(), r)).collect()))
@@ -205,14 +221,110 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
+/// What a ring of two threads loses of its speed, next to nothing attached: ours for threads of no VM and of one, and
+/// `runqlat`. The kernel counts nothing meanwhile, which would cost more than the programs.
+fn slowdown() {
+    let mut lost: BTreeMap<Subject, Vec<f64>> = BTreeMap::new();
+    for round in 0..2 * ROUNDS {
+        eprintln!("slowdown, round {} of {}", round + 1, 2 * ROUNDS);
+        for subject in [Subject::OtherThreads, Subject::VmThreads, Subject::Runqlat] {
+            let bare = 1e9 / Ring::new(2).speed();
+            let mut ring = Ring::new(2);
+            let with = if subject == Subject::Runqlat {
+                let Some(_peer) = Peer::start() else { continue };
+                ring.speed()
+            } else {
+                let mut ebpf = Ebpf::open(&[ProbeGroup::Sched]).unwrap();
+                let group = ebpf.follow_group();
+                let _slots = match subject {
+                    Subject::VmThreads => ring.follow(&mut ebpf, Keep::TimesAndHistograms, group.as_ref()),
+                    _ => Vec::new(),
+                };
+                ring.speed()
+            };
+            lost.entry(subject).or_default().push(1e9 / with - bare);
+        }
+    }
+    println!("\nring of 2 threads, ns added to a hop: median of {} pairs", 2 * ROUNDS);
+    let peer = lost.get(&Subject::Runqlat).map(|values| median(values.clone()));
+    for (subject, values) in &lost {
+        let added = median(values.clone());
+        let over = peer.map_or("-".to_owned(), |peer| format!("{:.2} x what runqlat adds", added / peer));
+        println!("{:<36} {added:>10.1}   {over}", subject.name());
+    }
+}
+
+/// Memory of the maps, and the time to read 400 threads and 100 processes, as of 100 domains with 4 vCPUs each.
+fn reading() {
+    let stop = Arc::new(AtomicU64::new(0));
+    let (tell, tids) = std::sync::mpsc::channel();
+    for _ in 0..400 {
+        let (tell, stop) = (tell.clone(), Arc::clone(&stop));
+        std::thread::spawn(move || {
+            tell.send(rustix::thread::gettid()).unwrap();
+            while stop.load(Ordering::Relaxed) == 0 {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+    }
+    let mut processes: Vec<Child> =
+        (0..100).map(|_| Command::new("sleep").arg("3600").spawn().unwrap()).collect();
+    let mut ebpf = Ebpf::open(&[ProbeGroup::Sched]).unwrap();
+    let groups: Vec<GroupSlot> = (0..100).map(|_| ebpf.follow_group().unwrap()).collect();
+    let slots: Vec<Slot> = (0..400)
+        .map(|i| {
+            let tid = Tid(u32::try_from(tids.recv().unwrap().as_raw_nonzero().get()).unwrap());
+            ebpf.follow(tid, Keep::TimesAndHistograms, Some(&groups[i / 4])).unwrap()
+        })
+        .collect();
+    let followed: Vec<ProcessSlot> =
+        processes.iter().map(|child| ebpf.follow_process(Tgid(child.id())).unwrap()).collect();
+    ebpf.seed().unwrap();
+    let mut times = Vec::new();
+    for _ in 0..200 {
+        let begin = Instant::now();
+        ebpf.read().unwrap();
+        let threads = slots.iter().filter_map(|slot| ebpf.times(slot)).count();
+        let read = followed.iter().filter(|slot| matches!(ebpf.process_times(slot), Some(Ok(_)))).count();
+        times.push(begin.elapsed().as_nanos() as f64 / 1e3);
+        assert_eq!((threads, read), (400, 100), "not all of them could be read");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    println!("\n100 domains with 4 vCPUs, 4 vCPU threads and 1 process of 1 thread read for each");
+    println!("one reading of everything: median {:.0} µs of {}", median(times.clone()), times.len());
+    println!("memory of all maps: {:.2} MiB", map_bytes() as f64 / f64::from(1 << 20));
+    stop.store(1, Ordering::Relaxed);
+    for child in &mut processes {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+/// Memory of the maps that this process holds, as the kernel charges it.
+fn map_bytes() -> u64 {
+    let mut maps = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten() {
+        let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
+        let value = |key| text.lines().find_map(|line| line.strip_prefix(key)?.trim().parse::<u64>().ok());
+        if let (Some(bytes), Some(id)) = (value("memlock:"), value("map_id:")) {
+            maps.insert(id, bytes);
+        }
+    }
+    maps.values().sum()
+}
+
 fn main() {
+    reading();
+    slowdown();
     let _counting = Counting::on();
     for threads in [2, 200] {
         let mut per_run: BTreeMap<Subject, Vec<f64>> = BTreeMap::new();
         let mut per_hop: BTreeMap<Subject, Vec<f64>> = BTreeMap::new();
         for round in 0..ROUNDS {
             eprintln!("{threads} threads, round {} of {ROUNDS}", round + 1);
-            for subject in [Subject::Empty, Subject::OtherThreads, Subject::VmThreads, Subject::Runqlat] {
+            for subject in
+                [Subject::Empty, Subject::OtherThreads, Subject::Ledger, Subject::VmThreads, Subject::Runqlat]
+            {
                 let Some(measured) = subject.measure(threads) else { continue };
                 per_run
                     .entry(subject)

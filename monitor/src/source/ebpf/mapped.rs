@@ -35,6 +35,11 @@ impl<T: Copy> Mapped<T> {
         Ok(Self { base, len, of: PhantomData })
     }
 
+    /// How many values there are.
+    pub(super) fn len(&self) -> u32 {
+        u32::try_from(self.len).unwrap_or(u32::MAX)
+    }
+
     /// A copy of value `index`.
     pub(super) fn get(&self, index: usize) -> T {
         // SAFETY: `at` is inside the mapping; any bit pattern is a `T`.

@@ -36,7 +36,7 @@ pub use monitor_ebpf::{
     BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
     KIND_PROCESS, WINDOW_BUCKETS, bucket_range, class_of,
 };
-use monitor_ebpf::{Layout, NICS, NetLayout, Nodes};
+use monitor_ebpf::{CPUS, HISTOGRAMS, Layout, NICS, NetLayout, Nodes, PROCESSES, READ_BATCH, THREADS};
 
 use self::{
     kvm::Kvm,
@@ -146,6 +146,7 @@ impl Ebpf {
         if let Some(layout) = &sched_layout {
             loader.override_global("LAYOUT", layout, true);
         }
+        size_maps(&mut loader, host::possible_cpus());
         let nodes = Wire(host::nodes_of_cpus());
         loader.override_global("NODES", &nodes, true);
         let kvm_places = if groups.contains(&ProbeGroup::Kvm) { kvm::places() } else { 1 };
@@ -576,6 +577,24 @@ fn detach(object: &mut Object, probe: &Probe) -> Result<(), EbpfError> {
     }
 }
 
+/// Gives the maps room for what a host with so many CPUs can carry: a small one should not pay for a large one.
+fn size_maps(loader: &mut EbpfLoader<'_>, cpus: u32) {
+    let vcpus = cpus.saturating_mul(8).clamp(512, 4 * HISTOGRAMS);
+    // Threads are read in batches.
+    let threads = cpus.saturating_mul(64).clamp(2_048, THREADS).next_multiple_of(READ_BATCH);
+    let processes = cpus.saturating_mul(8).clamp(512, PROCESSES);
+    for (maps, entries) in [
+        (["HISTOGRAMS", "CHARGES"].as_slice(), vcpus),
+        (["THREADS", "READINGS"].as_slice(), threads),
+        (["PROCESSES", "PROCESS_READ", "PROCESS_OF", "GROUPS"].as_slice(), processes),
+        (["HISTORY"].as_slice(), cpus.clamp(1, CPUS)),
+    ] {
+        for map in maps {
+            loader.map_max_entries(map, entries);
+        }
+    }
+}
+
 /// Takes a map out of the object.
 fn take_map<M: TryFrom<Map, Error = MapError>>(
     object: &mut Object,
@@ -586,13 +605,18 @@ fn take_map<M: TryFrom<Map, Error = MapError>>(
     M::try_from(map).map_err(|e| failed(io::Error::other(e)))
 }
 
-fn map<T: Copy>(object: &Object, name: &'static str, len: usize) -> Result<Mapped<T>, EbpfError> {
+/// Maps every value of an array, or the only one.
+fn map<T: Copy>(object: &Object, name: &'static str) -> Result<Mapped<T>, EbpfError> {
     let failed = |source| EbpfError::Map { map: name, source };
     let data: &MapData = match object.map(name) {
         Some(Map::Array(data)) => data,
         _ => return Err(failed(io::Error::other("not an array in the object"))),
     };
-    Mapped::new(data.fd(), len).map_err(failed)
+    let info = data.info().map_err(|e| failed(io::Error::other(e)))?;
+    if info.value_size() as usize != size_of::<T>() {
+        return Err(failed(io::Error::other("its values have another size")));
+    }
+    Mapped::new(data.fd(), info.max_entries() as usize).map_err(failed)
 }
 
 /// Reading BTF takes tens of megabytes for a moment, which glibc would keep for later.

@@ -78,12 +78,12 @@ impl Net {
     ) -> Result<Self, EbpfError> {
         let cpus = cpus as usize;
         Ok(Self {
-            filter: map(object, "NIC_FILTER", 1)?,
-            table: map(object, "NIC_TABLE", 1)?,
-            list: map(object, "NIC_LIST", NICS as usize)?,
-            cells: map(object, "NIC_CELLS", NICS as usize * cpus)?,
-            windows: map(object, "NIC_WINDOWS", 2 * NICS as usize)?,
-            queues: map(object, "NIC_QUEUES", NIC_QUEUES as usize)?,
+            filter: map(object, "NIC_FILTER")?,
+            table: map(object, "NIC_TABLE")?,
+            list: map(object, "NIC_LIST")?,
+            cells: map(object, "NIC_CELLS")?,
+            windows: map(object, "NIC_WINDOWS")?,
+            queues: map(object, "NIC_QUEUES")?,
             cpus,
             watched: Vec::new(),
             free: VecDeque::new(),

@@ -8,7 +8,7 @@ use aya::{
     programs::{ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use monitor_ebpf::{
-    CHANGE_END, CHANGE_EXEC, CHANGE_THREADS, CLASSES, Change, PROCESS_READ, PROCESS_TORN, PROCESSES, Process,
+    CHANGE_END, CHANGE_EXEC, CHANGE_THREADS, CLASSES, Change, PROCESS_READ, PROCESS_TORN, Process,
     ProcessReading,
 };
 
@@ -32,8 +32,8 @@ pub(super) struct Processes {
 impl Processes {
     pub(super) fn new(object: &mut Object) -> Result<Self, EbpfError> {
         Ok(Self {
-            slots: map(object, "PROCESSES", PROCESSES as usize)?,
-            readings: map(object, "PROCESS_READ", PROCESSES as usize)?,
+            slots: map(object, "PROCESSES")?,
+            readings: map(object, "PROCESS_READ")?,
             of: take_map(object, "PROCESS_OF")?,
             changes: take_map(object, "CHANGES")?,
             places: Places::default(),
@@ -42,7 +42,7 @@ impl Processes {
 
     /// `None` if the kernel tables have no room.
     pub(super) fn follow(&mut self, tgid: Tgid) -> Option<ProcessSlot> {
-        let place = self.places.take(PROCESSES)?;
+        let place = self.places.take(self.slots.len())?;
         self.readings.set(place as usize, ProcessReading::ZERO);
         self.slots.set(place as usize, Process { tgid: tgid.0, ..Process::ZERO });
         if self.of.insert(tgid.0, place, 0).is_err() {

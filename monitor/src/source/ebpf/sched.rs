@@ -7,9 +7,9 @@ use aya::{
     programs::{Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use monitor_ebpf::{
-    Armed, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, FILTER_BITS, Filter, GROUPS, Group,
-    HISTOGRAMS, Histograms, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading,
-    TABLE_ENTRIES, TABLE_PROBES, THREADS, Table, Thread, table_entry, table_slot, table_start,
+    Armed, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, FILTER_BITS, Filter, Group,
+    Histograms, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, TABLE_ENTRIES,
+    TABLE_PROBES, Table, Thread, table_entry, table_slot, table_start,
 };
 
 use super::{
@@ -113,18 +113,18 @@ impl Sched {
     /// Maps the maps; nothing is followed.
     pub(super) fn new(object: &Object) -> Result<Self, EbpfError> {
         Ok(Self {
-            filter: map(object, "FILTER", 1)?,
-            table: map(object, "TABLE", 1)?,
-            threads: map(object, "THREADS", THREADS as usize)?,
-            readings: map(object, "READINGS", THREADS as usize)?,
-            clock: map(object, "CLOCK", 1)?,
-            histograms: map(object, "HISTOGRAMS", HISTOGRAMS as usize)?,
-            charges: map(object, "CHARGES", HISTOGRAMS as usize)?,
-            armed: map(object, "ARMED", 1)?,
+            filter: map(object, "FILTER")?,
+            table: map(object, "TABLE")?,
+            threads: map(object, "THREADS")?,
+            readings: map(object, "READINGS")?,
+            clock: map(object, "CLOCK")?,
+            histograms: map(object, "HISTOGRAMS")?,
+            charges: map(object, "CHARGES")?,
+            armed: map(object, "ARMED")?,
             disarmed: MonotonicNs::now(),
             places: Places::default(),
             histogram_places: Places::default(),
-            groups: map(object, "GROUPS", GROUPS as usize)?,
+            groups: map(object, "GROUPS")?,
             group_places: Places::default(),
             followed: 0,
             unseeded: false,
@@ -149,10 +149,10 @@ impl Sched {
         let tid = Tid(thread.tid);
         let full = NotFollowed::Full(self.followed);
         let Some(entry) = self.entry_for(0, tid.0) else { return Err(full) };
-        let Some(place) = self.places.take(THREADS) else { return Err(full) };
+        let Some(place) = self.places.take(self.threads.len()) else { return Err(full) };
         let histograms = match keep {
             Keep::Times => None,
-            Keep::TimesAndHistograms => self.histogram_places.take(HISTOGRAMS),
+            Keep::TimesAndHistograms => self.histogram_places.take(self.histograms.len()),
         };
         if let Some(histograms) = histograms {
             self.histograms.set(histograms as usize, Histograms::ZERO);
@@ -171,7 +171,7 @@ impl Sched {
 
     /// Begins to keep a group of siblings; `None` if there is no room.
     pub(super) fn follow_group(&mut self) -> Option<GroupSlot> {
-        let place = u16::try_from(self.group_places.take(GROUPS)?).ok()?;
+        let place = u16::try_from(self.group_places.take(self.groups.len())?).ok()?;
         self.groups.set(place.into(), Group::ZERO);
         Some(GroupSlot(place))
     }
