@@ -1,6 +1,6 @@
 //! CPU time of whole processes, and notice of threads and processes that come and go.
 //!
-//! The kernel keeps what each thread has used, so the total of a process costs nothing while it runs: `read_process`
+//! The kernel keeps what each thread has used, so the total of a process costs nothing while it runs: `read_processes`
 //! adds up the threads when user space asks. Only their ends are counted as they happen: what the kernel itself keeps of
 //! them (`signal->sum_sched_runtime`) lacks the time since the last update of each, which may be all a short thread had.
 
@@ -19,7 +19,7 @@ use aya_ebpf::{
 };
 use monitor_ebpf::{
     CHANGE_END, CHANGE_EXEC, CHANGE_THREADS, CHANGES_BYTES, CLASSES, Change, PROCESS_GONE, PROCESS_READ,
-    PROCESS_THREADS, PROCESS_TORN, PROCESSES, Process, ProcessReading, begins, class_of,
+    PROCESS_THREADS, PROCESS_TORN, PROCESSES, Process, ProcessReading, READ_BATCH, begins, class_of,
 };
 
 use crate::{
@@ -143,26 +143,41 @@ pub(crate) fn fetch_add(place: &mut u64, value: u64) -> u64 {
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::AcqRel }>(place, value) }
 }
 
-/// Not attached to anything: user space runs it with the number of a process's slot as its argument.
-#[raw_tracepoint(tracepoint = "read_process")]
-pub(crate) fn read_process(ctx: RawTracePointContext) -> i32 {
+/// Not attached to anything: user space runs it with the number of the first slot as its argument. Reads
+/// [`READ_BATCH`] processes.
+#[raw_tracepoint(tracepoint = "read_processes")]
+pub(crate) fn read_processes(ctx: RawTracePointContext) -> i32 {
     // SAFETY: user space passes the arguments of a raw tracepoint, at least one word.
-    let slot = unsafe { *ctx.as_ptr().cast::<u64>() };
-    let Ok(slot) = u32::try_from(slot) else { return 0 };
+    let first = unsafe { *ctx.as_ptr().cast::<u64>() };
+    // SAFETY: plain helper call.
+    let Some(now) = scheduler_clock(unsafe { bpf_ktime_get_ns() }) else { return 0 };
+    let mut batch = Batch { first, now };
+    let callback: extern "C" fn(u64, &mut Batch) -> u64 = read_one;
+    // SAFETY: the callback has the prototype that `bpf_loop` calls, and the batch outlives the call.
+    unsafe {
+        bpf_loop(READ_BATCH, callback as *mut c_void, (&raw mut batch).cast::<c_void>(), 0);
+    }
+    0
+}
+
+struct Batch {
+    first: u64,
+    /// The scheduler's clock, nanoseconds.
+    now: u64,
+}
+
+/// Called by `bpf_loop` for each process.
+extern "C" fn read_one(i: u64, batch: &mut Batch) -> u64 {
+    let Ok(slot) = u32::try_from(batch.first + i) else { return 1 };
     let (Some(process), Some(reading)) = (PROCESS_SLOTS.get_ptr(slot), PROCESS_READINGS.get_ptr_mut(slot))
     else {
-        return 0;
+        return 1;
     };
-    // SAFETY: valid map values; `read_process` alone writes readings, one run at a time.
+    // SAFETY: valid map values; `read_processes` alone writes readings, one run at a time.
     let (process, reading) = unsafe { (&*process, &mut *reading) };
-    // SAFETY: plain helper call.
-    let now = scheduler_clock(unsafe { bpf_ktime_get_ns() });
     reading.start_boottime_ns = process.start_boottime_ns;
-    reading.status = match now {
-        _ if !is(process) => PROCESS_GONE,
-        Some(now) => read(process, reading, now).unwrap_or(PROCESS_TORN),
-        None => PROCESS_TORN,
-    };
+    reading.status =
+        if is(process) { read(process, reading, batch.now).unwrap_or(PROCESS_TORN) } else { PROCESS_GONE };
     0
 }
 

@@ -93,7 +93,7 @@ impl Process {
     };
 }
 
-/// One process as `read_process` found it.
+/// One process as `read_processes` found it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessReading {

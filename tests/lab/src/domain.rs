@@ -15,6 +15,8 @@ pub struct GuestSpec {
     pub uuid: Option<String>,
     /// Number of vCPUs.
     pub vcpus: u32,
+    /// Number that it can have, further ones plugged in later; absent: as many as it has.
+    pub vcpus_max: Option<u32>,
     /// Memory, MiB.
     pub memory_mib: u32,
     /// The workload, in the steps language of `tests/guest/src/script.rs`.
@@ -99,6 +101,7 @@ impl GuestSpec {
             name: name.to_owned(),
             uuid: None,
             vcpus: 1,
+            vcpus_max: None,
             memory_mib: 128,
             script: script.to_owned(),
             disks: Vec::new(),
@@ -197,7 +200,7 @@ pub(crate) fn xml(spec: &GuestSpec, files: &Files<'_>) -> String {
     };
     format!(
         "<domain type='{virt}'>
- <name>{name}</name>{uuid}<memory unit='MiB'>{memory}</memory><vcpu>{vcpus}</vcpu>{threads}
+ <name>{name}</name>{uuid}<memory unit='MiB'>{memory}</memory><vcpu current='{vcpus}'>{vcpus_max}</vcpu>{threads}
  <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd>
   <cmdline>{command_line}</cmdline></os>
  <features><acpi/></features>{cpu}
@@ -212,6 +215,7 @@ pub(crate) fn xml(spec: &GuestSpec, files: &Files<'_>) -> String {
         name = escape(&spec.name),
         memory = spec.memory_mib,
         vcpus = spec.vcpus,
+        vcpus_max = spec.vcpus_max.unwrap_or(spec.vcpus),
         threads = threads_xml(spec),
         kernel = path(files.kernel),
         initrd = path(files.initrd),
@@ -229,7 +233,7 @@ fn threads_xml(spec: &GuestSpec) -> String {
     }
     if let Some(cpus) = &spec.vcpu_pin {
         let pin = |vcpu| format!("<vcpupin vcpu='{vcpu}' cpuset='{}'/>", escape(cpus));
-        let pins: String = (0..spec.vcpus).map(pin).collect();
+        let pins: String = (0..spec.vcpus_max.unwrap_or(spec.vcpus)).map(pin).collect();
         write!(xml, "<cputune>{pins}</cputune>").expect("writing to a string cannot fail");
     }
     xml

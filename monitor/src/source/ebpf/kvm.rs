@@ -118,11 +118,10 @@ pub(super) struct Kvm {
 impl Kvm {
     /// Maps the maps; nothing is counted yet. `kernel`: the type information of the kernel.
     pub(super) fn new(object: &Object, kernel: &Btf) -> Result<Self, EbpfError> {
-        let places = places() as usize;
         let this = Self {
-            exits: map(object, "VCPU_EXITS", places)?,
-            tables: map(object, "EXIT_TABLES", places)?,
-            layout: map(object, "KVM_LAYOUT", 1)?,
+            exits: map(object, "VCPU_EXITS")?,
+            tables: map(object, "EXIT_TABLES")?,
+            layout: map(object, "KVM_LAYOUT")?,
             used: 0,
             heads: Vec::new(),
             fires: false,

@@ -88,7 +88,7 @@ pub enum EbpfError {
         source: io::Error,
     },
     /// Reading the threads failed.
-    #[error("cannot run the program read_threads: {0}")]
+    #[error("cannot run a reading program: {0}")]
     Read(String),
     /// Every group lacks something; the first of the reasons.
     #[error("the kernel refused the probes: {0}")]
@@ -582,7 +582,7 @@ fn size_maps(loader: &mut EbpfLoader<'_>, cpus: u32) {
     let vcpus = cpus.saturating_mul(8).clamp(512, 4 * HISTOGRAMS);
     // Threads are read in batches.
     let threads = cpus.saturating_mul(64).clamp(2_048, THREADS).next_multiple_of(READ_BATCH);
-    let processes = cpus.saturating_mul(8).clamp(512, PROCESSES);
+    let processes = cpus.saturating_mul(8).clamp(512, PROCESSES).next_multiple_of(READ_BATCH);
     for (maps, entries) in [
         (["HISTOGRAMS", "CHARGES"].as_slice(), vcpus),
         (["THREADS", "READINGS"].as_slice(), threads),

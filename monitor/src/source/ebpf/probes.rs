@@ -84,7 +84,7 @@ pub const PROBES: &[Probe] = &[
         need: Need::Required,
     },
     Probe {
-        program: "read_process",
+        program: "read_processes",
         attach: Attach::OnRequest,
         group: ProbeGroup::Sched,
         need: Need::Required,

@@ -9,7 +9,7 @@ use aya::{
 };
 use monitor_ebpf::{
     CHANGE_END, CHANGE_EXEC, CHANGE_THREADS, CLASSES, Change, PROCESS_READ, PROCESS_TORN, Process,
-    ProcessReading,
+    ProcessReading, READ_BATCH,
 };
 
 use super::times::{Happened, ProcessTimes, Torn};
@@ -66,10 +66,10 @@ impl Processes {
 
     pub(super) fn read(&self, object: &Object) -> Result<(), EbpfError> {
         let failed = |e: ProgramError| EbpfError::Read(program_error(&e));
-        let program = object.program("read_process");
+        let program = object.program("read_processes");
         let program = program.ok_or_else(|| EbpfError::Read("not in the object".to_owned()))?;
         let program: &RawTracePoint = program.try_into().map_err(failed)?;
-        for place in (0..self.places.used()).filter(|place| self.slots.get(*place as usize).tgid != 0) {
+        for place in (0..self.places.used()).step_by(READ_BATCH as usize) {
             let mut options = RawTracePointRunOptions::new();
             options.args[0] = u64::from(place);
             program.test_run(options).map_err(failed)?;

@@ -1,0 +1,137 @@
+//! Every thread of a real guest, as the real program tells of it: CPU time by class, the three sources side by side,
+//! vCPUs that wait for each other, and one that is plugged in while the guest runs.
+//!
+//! Needs root and the variables that `cargo xtask test` sets.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test may panic, and prints what it measured"
+)]
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Child, ChildStdout, Stdio},
+    time::{Duration, Instant},
+};
+
+use lab::{DiskSpec, GuestSpec, Lab, LabDirs, Which};
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const NAME: &str = "threads";
+/// `utime` and `stime` of `/proc/PID/stat` are counted in these.
+const CLOCK_TICK_NS: u64 = 10_000_000;
+
+/// `kvm-monitor run` in the lab; ended when dropped.
+struct Run {
+    child: Child,
+    lines: BufReader<ChildStdout>,
+}
+
+impl Run {
+    fn start(lab: &Lab) -> Self {
+        let program =
+            std::env::var_os("KVM_MONITOR_BIN").expect("run the live tests with `cargo xtask test`");
+        let mut command = lab.command(program);
+        command.args(["run", "--domain", NAME, "--interval", "200ms", "--libvirt-interval", "200ms"]);
+        command.args(["--libvirt-slow-interval", "200ms"]).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap());
+        Self { child, lines }
+    }
+
+    /// The next sample of now or later that `wanted` takes something from.
+    fn sample<T>(&mut self, what: &str, mut wanted: impl FnMut(&Value) -> Option<T>) -> T {
+        let end = Instant::now() + PATIENCE;
+        let now = lab::monotonic_ns();
+        let mut last = Value::Null;
+        while Instant::now() < end {
+            let mut line = String::new();
+            assert!(self.lines.read_line(&mut line).unwrap() > 0, "the stream ended before {what}");
+            last = serde_json::from_str(&line).unwrap();
+            if last["type"] == "sample"
+                && last["mono_ns"].as_u64() > Some(now)
+                && let Some(found) = wanted(&last)
+            {
+                return found;
+            }
+        }
+        panic!("{what} never came; the last line: {last}");
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A counter of `cpu` from a source.
+fn cpu(sample: &Value, metric: &str, source: &str) -> Option<u64> {
+    sample["cpu"][metric][source].as_u64()
+}
+
+#[test]
+fn every_thread_of_a_guest_is_accounted() {
+    let lab = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
+    let iothread = DiskSpec { iothread: Some(1), ..DiskSpec::raw("vda", 4 << 20) };
+    let pool = DiskSpec { io: "threads", ..DiskSpec::raw("vdb", 4 << 20) };
+    let spec = GuestSpec {
+        vcpus: 2,
+        vcpus_max: Some(3),
+        vcpu_pin: Some("1".to_owned()),
+        disks: vec![iothread, pool],
+        ..GuestSpec::new(NAME, "wait read=vda:512x4096 read=vdb:512x4096 wait burn=all:3600s")
+    };
+    let guest = lab.boot(&spec).unwrap();
+    guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
+    let mut run = Run::start(&lab);
+    let classes = ["emulator_run_ns", "iothread_run_ns", "worker_run_ns", "vhost_run_ns", "vcpu_run_ns"];
+    let all = |sample: &Value| -> Option<Vec<u64>> {
+        classes.iter().map(|class| cpu(sample, class, "ebpf")).collect()
+    };
+    let before = run.sample("figures of every class", all);
+    guest.go_on(PATIENCE).unwrap(); // It reads its disks, and waits again.
+    guest.wait_begin(Which::Number(3), PATIENCE).unwrap();
+    let after = run.sample("figures of every class", all);
+    println!("{classes:?}: {before:?}, after reading two disks {after:?}");
+    for (class, (before, after)) in classes.iter().zip(before.iter().zip(&after)) {
+        let works = !matches!(*class, "vhost_run_ns");
+        assert_eq!(after > before, works, "{class}: {before} to {after}");
+    }
+    // At rest: all three count the same, to their grain; a thread may just run.
+    let (ebpf, procfs, libvirt, sum) = run.sample("the process's time from three sources", |sample| {
+        let sum = all(sample)?.into_iter().sum::<u64>();
+        Some((
+            cpu(sample, "time_ns", "ebpf")?,
+            cpu(sample, "time_ns", "procfs")?,
+            cpu(sample, "time_ns", "libvirt")?,
+            sum,
+        ))
+    });
+    println!("time_ns: ebpf {ebpf}, procfs {procfs}, libvirt {libvirt}; the classes sum to {sum}");
+    for (source, time) in [("procfs", procfs), ("libvirt", libvirt)] {
+        assert!(ebpf.abs_diff(time) <= 5 * CLOCK_TICK_NS, "ebpf {ebpf}, {source} {time}");
+    }
+    // Threads that ended before the domain was followed are in the process's time only.
+    assert!(sum <= ebpf && ebpf - sum <= 10 * CLOCK_TICK_NS, "{sum} of {ebpf}");
+
+    guest.go_on(PATIENCE).ok(); // The step that follows does not end.
+    let rate = run.sample("vCPUs that wait for each other", |sample| {
+        sample["cpu"]["costop_ns"]["per_s"].as_f64().filter(|rate| *rate > 0.5)
+    });
+    println!("co-stop of two busy vCPUs on one CPU: {rate:.3}");
+    assert!(rate < 1.1, "{rate} s of co-stop per second");
+
+    lab.virsh(&["setvcpus", NAME, "3", "--live"]).unwrap();
+    let plugged = run.sample("the vCPU that was plugged in", |sample| {
+        let third = sample["vcpus"].as_array()?.iter().find(|vcpu| vcpu["vcpu"] == 2)?;
+        third["run_ns"]["ebpf"].as_u64()?;
+        Some(third["tid"].clone())
+    });
+    assert!(plugged.is_u64(), "{plugged}");
+    let tids = guest.vcpu_tids().unwrap();
+    assert!(tids.contains(&u32::try_from(plugged.as_u64().unwrap()).unwrap()), "{plugged} of {tids:?}");
+}
