@@ -567,7 +567,9 @@ fn metric_report(entity: &Entity, def: &'static MetricDef) -> Option<MetricRepor
         .filter(|p| p.relation.is_none() || p.other == shown)
         .filter(|p| p.def.metric == def.metric)
         // A source that came later than another but is trusted more is the reference from then on.
-        .filter(|p| p.relation.is_some() || p.reference == best)
+        .filter(|p| {
+            p.reference == trusted(p.reference_def).find(|s| known_from(entity, p, *s)).unwrap_or(best)
+        })
         .map(|p| comparison_report(p, judge(p, known)))
         .collect();
     let plain = || comparisons.iter().filter(|c| c.reference_metric.is_none());
@@ -589,6 +591,10 @@ fn metric_report(entity: &Entity, def: &'static MetricDef) -> Option<MetricRepor
     let kind = if def.kind == Kind::Counter { "counter" } else { "gauge" };
     let (metric, unit) = (def.name, def.unit.name());
     Some(MetricReport { metric, unit, kind, sources, answer, comparisons, of: def.unit })
+}
+
+fn known_from(entity: &Entity, pair: &Pair, source: SourceKind) -> bool {
+    entity.figures[pair.reference_def.metric.index_in_scope()][source as usize].readings > 0
 }
 
 fn figure_report(def: &MetricDef, source: SourceKind, of: &super::entity::Figures) -> FigureReport {

@@ -69,6 +69,9 @@ pub(super) fn judge(pair: &Pair, known: Known) -> Judgement {
         return judgement(Verdict::NotComparable, "the sources were not both read at least twice".to_owned());
     }
     if let Some(relation) = pair.relation {
+        if pair.other_total == 0.0 && pair.reference_total == 0.0 {
+            return judgement(Verdict::Agree, "nothing happened".to_owned());
+        }
         let difference = pair.other_total - pair.reference_total;
         let explained = vec![Explained { cause: relation.name(), amount: difference }];
         let fine = real_of(last) <= tolerated(pair);
