@@ -197,7 +197,8 @@ fn add_to(charges: &mut Charges, stint: Option<&Stint>, (kind, id): (u32, u32), 
         }
     }
     set(&mut charges.found, place);
-    let Some(culprit) = charges.culprits.get_mut(get(&charges.found) as usize) else {
+    let place = usize::try_from(get(&charges.found)).unwrap_or(CULPRITS);
+    let Some(culprit) = charges.culprits.get_mut(place) else {
         charges.other_ns += ns;
         return;
     };
