@@ -8,10 +8,12 @@
     reason = "a test may panic, and prints what it measured"
 )]
 
+use std::{io::Write as _, time::Duration};
+
 use lab::tap::{NetSpace, RawTap, VnetHeader, frame, tcp_with_segments};
 use monitor::{
-    source::ebpf::{DeviceTraffic, Ebpf, NicSlot, probes::ProbeGroup},
-    units::NicKey,
+    source::ebpf::{Bursts, DeviceTraffic, DropPlace, Ebpf, NicSlot, probes::ProbeGroup},
+    units::{MonotonicNs, NicKey},
 };
 
 const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x77, 1, 1];
@@ -104,4 +106,98 @@ fn segments_are_counted_as_they_would_be_on_a_wire() {
     for side in [traffic.xmit, traffic.receive] {
         assert_eq!((side.packets, side.bytes, side.wire_packets), (packets, bytes, Some(wire)));
     }
+}
+
+/// A guest that reads nothing: its ring takes as many packets as it has room for, the rest is dropped for one reason.
+#[test]
+fn drops_of_a_suspended_guest_have_their_reason_and_equal_the_taps_own() {
+    const PACKETS: u64 = 20_000;
+    let mut ebpf = open();
+    let space = NetSpace::new().unwrap();
+    let tap = RawTap::open(&space, "tap0", 1, VnetHeader::No).unwrap();
+    let slot = ebpf.watch(key(&space, "tap0"), 0).unwrap();
+    let socket = space.frame_socket("tap0", VnetHeader::No).unwrap();
+    let packet = frame(GUEST, HOST, 200);
+    let sent = (0..PACKETS).filter(|_| socket.send(&packet).is_ok()).count() as u64;
+    let traffic = read(&mut ebpf, &slot);
+    let dropped = space.counters("tap0").unwrap().tx_dropped;
+    println!("sent {sent}, dropped {dropped}: {traffic:?}");
+    assert!(dropped > 10_000 && traffic.xmit.packets > 0);
+    assert_eq!((traffic.refused, traffic.xmit.packets), (dropped, PACKETS - dropped));
+    let [drops] = traffic.drops.as_deref().unwrap() else { panic!("one place and one reason") };
+    assert_eq!((drops.place, drops.packets), (DropPlace::Device, dropped));
+    assert_eq!(ebpf.drop_reason(drops.reason), "FULL_RING");
+    let mut buffer = [0; 2048];
+    let queued = std::iter::from_fn(|| tap.receive(&mut buffer)).count() as u64;
+    assert_eq!(queued, traffic.xmit.packets, "what was delivered waited in the ring");
+    assert_eq!(space.counters("tap0").unwrap().tx_packets, queued);
+}
+
+/// Two bursts of known size, far apart.
+#[test]
+fn the_largest_millisecond_is_that_of_a_burst() {
+    const PACKETS: u32 = 40;
+    let mut ebpf = open();
+    let space = NetSpace::new().unwrap();
+    let tap = RawTap::open(&space, "tap0", 1, VnetHeader::No).unwrap();
+    let slot = ebpf.watch(key(&space, "tap0"), 0).unwrap();
+    let packet = frame(HOST, GUEST, 1000);
+    let late = Duration::from_millis(100);
+    assert_eq!(ebpf.take_bursts(&slot, MonotonicNs::now()).map(|b| b.most_packets), [None, None]);
+    let began = MonotonicNs::now();
+    (0..PACKETS).for_each(|_| tap.send(&packet).unwrap());
+    let took = MonotonicNs::now().since(began);
+    std::thread::sleep(late);
+    let [xmit, receive] = ebpf.take_bursts(&slot, MonotonicNs::now());
+    println!(
+        "{PACKETS} packets in {took} ns: {:?} bytes, {:?} packets",
+        receive.most_bytes, receive.most_packets
+    );
+    assert_eq!(xmit, Bursts::none());
+    // A burst that took less than a millisecond lies in two of them at most.
+    let most = receive.most_packets.unwrap();
+    assert!(most <= PACKETS.into() && receive.most_bytes == Some(most * 1000));
+    assert!(took > 1_000_000 || most >= u64::from(PACKETS) / 2);
+    let windows: u32 = receive.closed.iter().sum();
+    assert!((1..=2 + took / 1_000_000).contains(&u64::from(windows)), "{windows} windows");
+    tap.send(&packet).unwrap();
+    std::thread::sleep(late);
+    let [_, receive] = ebpf.take_bursts(&slot, MonotonicNs::now());
+    assert_eq!(
+        (receive.most_packets, receive.most_bytes),
+        (Some(1), Some(1000)),
+        "the earlier ones were taken"
+    );
+    assert_eq!(receive.closed.iter().sum::<u32>(), windows + 1);
+}
+
+#[test]
+fn queues_add_up_and_devices_are_told_apart() {
+    let mut ebpf = open();
+    let spaces = [NetSpace::new().unwrap(), NetSpace::new().unwrap()];
+    // The same name and index in two namespaces.
+    let taps = [0, 1].map(|i| RawTap::open(&spaces[i], "tap0", 2, VnetHeader::No).unwrap());
+    let slots = [0, 1].map(|i| ebpf.watch(key(&spaces[i], "tap0"), 2).unwrap());
+    assert_eq!(spaces[0].ifindex("tap0").unwrap(), spaces[1].ifindex("tap0").unwrap());
+    let packet = frame(HOST, GUEST, 100);
+    for (i, count) in [(0, 5), (1, 7)] {
+        (0..count).for_each(|_| (&taps[i].queues[1]).write_all(&packet).unwrap());
+        taps[i].send(&packet).unwrap();
+    }
+    for (slot, count) in slots.iter().zip([5, 7]) {
+        let traffic = read(&mut ebpf, slot);
+        let received: Vec<u64> = traffic.queues.iter().map(|[_, receive]| receive.packets).collect();
+        assert_eq!((received, traffic.receive.packets), (vec![1, count], count + 1));
+    }
+    // A device that is made anew counts from 0.
+    let [first, second] = taps;
+    drop(first);
+    let [slot, other] = slots;
+    ebpf.unwatch(slot);
+    let tap = RawTap::open(&spaces[0], "tap0", 1, VnetHeader::No).unwrap();
+    let slot = ebpf.watch(key(&spaces[0], "tap0"), 0).unwrap();
+    tap.send(&packet).unwrap();
+    second.send(&packet).unwrap();
+    assert_eq!(read(&mut ebpf, &slot).receive.packets, 1);
+    assert_eq!(read(&mut ebpf, &other).receive.packets, 9);
 }
