@@ -8,13 +8,21 @@
     reason = "a test may panic, and prints what it measured"
 )]
 
-use std::{io::Write as _, time::Duration};
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    net::SocketAddr,
+    process::Stdio,
+    time::Duration,
+};
 
 use lab::tap::{NetSpace, RawTap, VnetHeader, frame, tcp_with_segments};
+use lab::{GuestSpec, Lab, LabDirs, NicSpec, UdpSink, Which, send_datagrams};
 use monitor::{
     source::ebpf::{Bursts, DeviceTraffic, DropPlace, Ebpf, NicSlot, probes::ProbeGroup},
     units::{MonotonicNs, NicKey},
 };
+
+use serde_json::{Value, json};
 
 const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x77, 1, 1];
 const HOST: [u8; 6] = [0xfe, 0x54, 0, 0x77, 1, 1];
@@ -200,4 +208,74 @@ fn queues_add_up_and_devices_are_told_apart() {
     second.send(&packet).unwrap();
     assert_eq!(read(&mut ebpf, &slot).receive.packets, 1);
     assert_eq!(read(&mut ebpf, &other).receive.packets, 9);
+}
+
+/// A real guest sends and receives an exact number of datagrams; then it is suspended while more are sent.
+#[test]
+fn a_real_guest_is_counted_alike_by_all_sources() {
+    const PATIENCE: Duration = Duration::from_secs(90);
+    let lab = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
+    let nic = NicSpec::new("tap-n", 9);
+    let script = format!("{} wait udp=10.77.9.1:5000x1000x512B udprx=5001x3s end=idle", nic.net_step("eth0"));
+    let guest = lab.boot(&GuestSpec { nics: vec![nic.clone()], ..GuestSpec::new("net", &script) }).unwrap();
+    let _sink = UdpSink::start(&lab, 5000).unwrap();
+    let program = std::env::var_os("KVM_MONITOR_BIN").unwrap();
+    let mut monitor = lab.command(&program);
+    monitor
+        .args(["run", "--domain", "net", "--interval", "200ms", "--libvirt-interval", "200ms"])
+        .stdout(Stdio::piped());
+    guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
+    let mut monitor = monitor.spawn().unwrap();
+    let lines = BufReader::new(monitor.stdout.take().unwrap());
+    let mut samples = lines.lines().map_while(Result::ok).filter_map(|line| {
+        let line: Value = serde_json::from_str(&line).unwrap();
+        (line["type"] == "sample").then(|| line["interfaces"][0].clone())
+    });
+    let first = samples.by_ref().find(|i| i["tx_packets"]["libvirt"].is_u64()).unwrap();
+    println!("first: {first}");
+    assert_eq!((&first["device"], &first["mac"]), (&json!("tap-n"), &json!("52:54:00:77:00:09")));
+    guest.go_on(PATIENCE).unwrap();
+    guest.wait_begin(Which::Kind("udprx"), PATIENCE).unwrap();
+    let to = SocketAddr::from((nic.guest_address(), 5001));
+    assert_eq!(send_datagrams(&lab, to, (300, 700), Duration::from_millis(1)).unwrap(), 300);
+    guest.wait_end(PATIENCE).unwrap();
+    let both_ways =
+        [("tx_packets", 1000), ("tx_bytes", 1000 * 554), ("rx_packets", 300), ("rx_bytes", 300 * 742)];
+    let grown = |now: &Value, metric: &str, source: &str| {
+        Some(now[metric][source].as_u64()? - first[metric][source].as_u64()?)
+    };
+    let settled = |i: &Value| {
+        grown(i, "rx_packets", "libvirt") == Some(300) && grown(i, "tx_packets", "libvirt") == Some(1000)
+    };
+    let last = samples.by_ref().take(50).find(settled).expect("libvirt never told of all packets");
+    println!("last: {last}");
+    for (metric, expected) in both_ways {
+        for source in ["ebpf", "procfs", "libvirt"] {
+            assert_eq!(grown(&last, metric, source), Some(expected), "{metric} {source}");
+        }
+    }
+    assert_eq!(last["rx_backlog_packets"]["ebpf"], 0);
+    // Suspended, it reads nothing.
+    lab.virsh(&["suspend", "net"]).unwrap();
+    assert_eq!(send_datagrams(&lab, to, (3000, 100), Duration::ZERO).unwrap(), 3000);
+    let stuck = samples.by_ref().take(50).find(|i| {
+        i["rx_drop"]["ebpf"].as_u64() == Some(i["rx_drop"]["procfs"].as_u64().unwrap())
+            && i["rx_drop"]["ebpf"] != 0
+    });
+    let stuck = stuck.expect("the drops never agree");
+    println!("suspended: {stuck}");
+    let backlog = stuck["rx_backlog_packets"]["ebpf"].as_u64().unwrap();
+    assert_eq!(stuck["rx_drop_reasons"]["FULL_RING"], stuck["rx_drop"]["ebpf"]);
+    assert_eq!(
+        backlog,
+        grown(&stuck, "rx_packets", "ebpf").unwrap() - grown(&stuck, "rx_packets", "procfs").unwrap()
+    );
+    assert!(backlog > 0);
+    // Not by libvirt: resuming, it would give the tap its address once more, which the tap has.
+    lab.virsh(&["qemu-monitor-command", "net", "--hmp", "cont"]).unwrap();
+    let drained = samples.by_ref().take(100).find(|i| i["rx_backlog_packets"]["ebpf"] == 0);
+    let drained = drained.expect("the backlog does not end");
+    assert_eq!(grown(&drained, "rx_packets", "ebpf"), grown(&drained, "rx_packets", "procfs"));
+    monitor.kill().unwrap();
+    monitor.wait().unwrap();
 }
