@@ -53,6 +53,7 @@ fn bare() -> Domain {
         name: "qemu-4711".into(),
         id: None,
         state: DomainState::Unknown,
+        monitor: monitor::inventory::MonitorState::default(),
         title: None,
         owner: Owner::default(),
         virt_type: None,
@@ -699,14 +700,26 @@ fn samples_of_memory() {
 #[test]
 fn events_of_every_kind() {
     use EventKind::{
-        CounterBackwards, CounterReset, DirectionMismatch, LostEvents, Paused, Resumed, SourceBack,
-        SourceLost, Started, Stopped,
+        Balloon, BlockJob, CounterBackwards, CounterReset, Crashed, DirectionMismatch, Hotplug,
+        HotplugFailed, IoError, LostEvents, Migrated, MonitorBack, MonitorSilent, Paused, Rebooted,
+        Reconfigured, Resumed, SourceBack, SourceLost, Started, Stopped,
     };
     let kinds = [
         Started,
         Stopped,
+        Migrated,
         Paused,
         Resumed,
+        Rebooted,
+        Crashed,
+        Hotplug,
+        HotplugFailed,
+        Balloon,
+        BlockJob,
+        IoError,
+        Reconfigured,
+        MonitorSilent,
+        MonitorBack,
         CounterReset,
         CounterBackwards,
         DirectionMismatch,

@@ -62,6 +62,30 @@ impl DomainState {
     }
 }
 
+/// Whether QEMU answers libvirt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MonitorState {
+    /// It does, or nobody asked.
+    #[default]
+    Answers,
+    /// Its monitor does not: stopped, stuck in I/O, or a guest that lets its main loop no time.
+    Silent,
+    /// libvirt lets a long job (migration, save, dump) finish before it asks anything else.
+    InJob,
+}
+
+impl MonitorState {
+    /// The name in records; absent if all is well.
+    #[must_use]
+    pub const fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Answers => None,
+            Self::Silent => Some("silent"),
+            Self::InJob => Some("in_job"),
+        }
+    }
+}
+
 /// One domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Domain {
@@ -73,6 +97,8 @@ pub struct Domain {
     pub id: Option<u32>,
     /// Last state told.
     pub state: DomainState,
+    /// Whether QEMU answers libvirt.
+    pub monitor: MonitorState,
     /// `<title>`; text a tenant may have chosen.
     pub title: Option<String>,
     /// Identity given by a management layer, from `<metadata>`.

@@ -14,6 +14,7 @@
 //! | [`inventory`] | which domains exist and what belongs to them | metrics |
 //! | [`source`] | turns one source into values, or says why not | other sources, output |
 //! | [`tracker`] | merges the sources' domains, follows threads | time, output |
+//! | [`inquiry`] | when libvirt is asked for what, and what its silence means | metrics, output |
 //! | [`ledger`], [`split`], [`model`] | arithmetic on readings and samples | I/O, clocks, JSON |
 //! | [`record`], [`sink`] | define the lines; write them | where numbers came from |
 //! | [`reconcile`] | says whether two sources can both be right, and which known causes make them differ | I/O, clocks, JSON |
@@ -32,6 +33,7 @@ pub mod check;
 pub mod cli;
 pub mod compare;
 pub mod host;
+pub mod inquiry;
 pub mod inventory;
 pub mod ledger;
 pub mod list;

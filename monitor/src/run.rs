@@ -13,6 +13,7 @@ use tokio::{
 use crate::{
     cli::{Config, Mode},
     host::{self, Facts},
+    inquiry::{Inquiry, News, Timing},
     record::{
         ClockPair, Domain, DomainName, DomainRecord, Event, EventKind, Health, Host, ProbeInfo,
         ProgramHealth, Record, SCHEMA_VERSION, Sample, Session, SourceInfo, Summary, Tick, timestamp,
@@ -23,16 +24,14 @@ use crate::{
             self, Ebpf,
             probes::{Need, ProbeState},
         },
-        libvirt::{Connected, Groups, Libvirt, Update},
+        libvirt::{DomainEvent, LibvirtSample, Update, What},
     },
-    tracker::{Notice, Tracker, Wanted, open_ebpf},
+    tracker::{Notice, Tracked, Tracker, Wanted, open_ebpf},
     units::{MonotonicNs, SourceKind, duration_ns, nanoseconds},
 };
 
 /// How long the first answer of libvirt is waited for before the stream begins.
 const FIRST_ANSWER: Duration = Duration::from_secs(3);
-/// Without an answer for so long, or for two libvirt intervals, libvirt counts as lost.
-const LIBVIRT_DEADLINE: Duration = Duration::from_secs(5);
 /// Time between looks for processes and threads that came or went.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Least time between looks at what changed: in a storm of threads one look serves for many.
@@ -107,7 +106,7 @@ enum End {
 struct Runner {
     config: Config,
     tracker: Tracker,
-    libvirt: Option<LibvirtState>,
+    libvirt: Option<Inquiry>,
     sink: Ndjson,
     started: MonotonicNs,
     last_tick: Option<MonotonicNs>,
@@ -121,16 +120,6 @@ struct Runner {
     changes: Option<AsyncFd<OwnedFd>>,
     /// No look at changes before.
     look_after: Instant,
-}
-
-/// What is known of the connection to libvirt.
-struct LibvirtState {
-    source: Libvirt,
-    info: SourceInfo,
-    /// Whether the last we heard was good.
-    up: bool,
-    requested: Option<MonotonicNs>,
-    requested_slow: Option<MonotonicNs>,
 }
 
 impl Runner {
@@ -152,10 +141,12 @@ impl Runner {
         }
         let session_probes = probe_states(ebpf.as_ref(), ebpf_reason.as_deref());
         let wanted = Wanted::new(config.domains.clone());
+        let slow = if ebpf.is_some() { config.libvirt_slow_interval } else { config.libvirt_interval };
+        let timing = Timing { tick: config.interval, fast: config.libvirt_interval, slow };
         let now = MonotonicNs::now();
         let mut this = Self {
             tracker: Tracker::new(PathBuf::from("/proc"), wanted.clone(), ebpf),
-            libvirt: (config.libvirt != Mode::Off).then(|| LibvirtState::start(&config.uri)),
+            libvirt: (config.libvirt != Mode::Off).then(|| Inquiry::start(&config.uri, timing)),
             sink,
             started: now,
             last_tick: None,
@@ -188,25 +179,15 @@ impl Runner {
     async fn first_answer(&mut self) -> Result<(), RunError> {
         let Some(libvirt) = &mut self.libvirt else { return Ok(()) };
         let deadline = Instant::now() + FIRST_ANSWER;
-        loop {
-            let Ok(update) = tokio::time::timeout_at(deadline, libvirt.source.next()).await else {
+        while !libvirt.is_up() && libvirt.info.reason.is_none() {
+            let Ok(update) = tokio::time::timeout_at(deadline, libvirt.next()).await else {
                 libvirt
                     .lost(format!("libvirt at {} did not answer within {FIRST_ANSWER:?}", self.config.uri));
                 break;
             };
-            match update {
-                Update::Connected(connected) => {
-                    libvirt.connected(&connected);
-                    libvirt.request(Groups::all());
-                }
-                Update::Lost { reason } | Update::Failed { reason } => {
-                    libvirt.lost(reason);
-                    break;
-                }
-                Update::Sample(answer) => {
-                    libvirt.up = true;
+            for news in libvirt.take(update, MonotonicNs::now()) {
+                if let News::Answer(answer) = news {
                     self.tracker.take_libvirt(*answer);
-                    return Ok(());
                 }
             }
         }
@@ -261,6 +242,7 @@ impl Runner {
         self.look_after = Instant::now() + LOOK_PAUSE;
         self.tracker.look_at_changes();
         self.write_notices();
+        self.write_first_samples();
     }
 
     /// Says once that the kernel programs cannot be read any more, and once that they can again.
@@ -282,57 +264,67 @@ impl Runner {
 
     fn ask_libvirt(&mut self, now: MonotonicNs) {
         let Some(libvirt) = &mut self.libvirt else { return };
-        let slow = if self.tracker.ebpf().is_some() {
-            self.config.libvirt_slow_interval
-        } else {
-            self.config.libvirt_interval
-        };
-        // A tick may come a little early; a quarter of an interval is not worth waiting a whole one.
-        let slack = duration_ns(self.config.interval) / 4;
-        let due = |last: Option<MonotonicNs>, every: Duration| {
-            last.is_none_or(|last| now.since(last) + slack >= duration_ns(every))
-        };
-        let deadline = LIBVIRT_DEADLINE.max(2 * self.config.libvirt_interval);
-        let late = libvirt.source.outstanding_since().filter(|at| now.since(*at) > duration_ns(deadline));
-        if late.is_some() && libvirt.up {
-            let reason = format!("libvirt did not answer for {deadline:?}");
-            libvirt.lost(reason.clone());
-            self.write_event(EventKind::SourceLost, &format!("libvirt: {reason}"));
-        } else if libvirt.source.is_connected() && due(libvirt.requested, self.config.libvirt_interval) {
-            let groups = if due(libvirt.requested_slow, slow) { Groups::all() } else { Groups::fast() };
-            if !libvirt.request(groups) {
-                self.tracker.count(SourceKind::Libvirt).lost += 1;
-            }
-        }
+        let news = libvirt.tick(now);
+        self.act(news);
     }
 
     fn libvirt_says(&mut self, update: Update) {
         let Some(libvirt) = &mut self.libvirt else { return };
-        let was_up = libvirt.up;
-        match update {
-            // It counts as back once it has answered.
-            Update::Connected(connected) => {
-                libvirt.connected(&connected);
-                libvirt.request(Groups::all());
-            }
-            Update::Lost { reason } | Update::Failed { reason } => {
-                libvirt.lost(reason.clone());
-                let count = self.tracker.count(SourceKind::Libvirt);
-                count.errors += 1;
-                count.last_error = Some(reason.clone());
-                if was_up {
+        let news = libvirt.take(update, MonotonicNs::now());
+        self.act(news);
+        self.write_notices();
+        self.write_first_samples();
+    }
+
+    fn act(&mut self, news: Vec<News>) {
+        for news in news {
+            match news {
+                News::Lost(reason) => {
                     self.write_event(EventKind::SourceLost, &format!("libvirt: {reason}"));
                 }
-            }
-            Update::Sample(answer) => {
-                libvirt.up = true;
-                if !was_up {
-                    self.write_event(EventKind::SourceBack, "libvirt: answers again");
+                News::Back => self.write_event(EventKind::SourceBack, "libvirt: answers again"),
+                News::Failed(reason) => {
+                    let count = self.tracker.count(SourceKind::Libvirt);
+                    count.errors += 1;
+                    count.last_error = Some(reason);
                 }
-                self.tracker.take_libvirt(*answer);
-                self.write_notices();
+                News::NotMade => self.tracker.count(SourceKind::Libvirt).lost += 1,
+                News::Answer(answer) => self.take_answer(*answer),
+                News::Monitor(domain, state) => self.tracker.monitor_is(domain, state),
+                News::Event(event) => self.happened(&event),
+                News::EventsLost => {
+                    let detail = "libvirt: events came too fast, every domain is looked at again";
+                    self.write_event(EventKind::LostEvents, detail);
+                }
             }
         }
+    }
+
+    fn take_answer(&mut self, answer: LibvirtSample) {
+        let (new, gone) = (!answer.described.is_empty(), !answer.gone.is_empty());
+        self.tracker.take_libvirt(answer);
+        if new && self.tracker.has_unfound() || gone {
+            self.tracker.look();
+        }
+    }
+
+    /// A domain that stops goes with its process, which ends about now.
+    fn happened(&mut self, event: &DomainEvent) {
+        self.tracker.happened(event);
+        if matches!(event.what, What::Stopped | What::MigratedAway) {
+            self.tracker.look();
+        }
+    }
+
+    /// A domain that is new is sampled at once, not when the next tick is due.
+    fn write_first_samples(&mut self) {
+        // Before the first tick there is no sample to be ahead of.
+        if self.last_tick.is_none() || !self.tracker.read_new() {
+            return;
+        }
+        let interval_ns = duration_ns(self.config.interval);
+        let tick = Tick { wall: jiff::Timestamp::now(), mono: MonotonicNs::now(), interval_ns };
+        self.write_samples_of(tick, Tracked::is_new);
     }
 
     fn write_session(&mut self, ebpf_reason: Option<String>, probes: Vec<ProbeInfo>) {
@@ -391,7 +383,11 @@ impl Runner {
     }
 
     fn write_samples(&mut self, tick: Tick) {
-        for tracked in self.tracker.domains_mut() {
+        self.write_samples_of(tick, |_| true);
+    }
+
+    fn write_samples_of(&mut self, tick: Tick, which: impl Fn(&Tracked) -> bool) {
+        for tracked in self.tracker.domains_mut().iter_mut().filter(|tracked| which(tracked)) {
             let sample = Sample::new(tick, tracked.subject());
             self.sink.write(&Record::Sample(sample));
             tracked.seq += 1;
@@ -431,54 +427,9 @@ impl Runner {
     }
 }
 
-impl LibvirtState {
-    fn start(uri: &str) -> Self {
-        let details = [("uri", uri.to_owned())].into();
-        Self {
-            source: Libvirt::start(uri),
-            info: SourceInfo { available: false, reason: None, details },
-            up: false,
-            requested: None,
-            requested_slow: None,
-        }
-    }
-
-    fn connected(&mut self, connected: &Connected) {
-        self.info.available = true;
-        self.info.reason = None;
-        let version = |v: Option<_>| v.map(|v: crate::source::libvirt::Version| v.to_string());
-        let details = [
-            ("uri", Some(connected.uri.clone())),
-            ("client_version", version(connected.client_version)),
-            ("library_version", version(connected.library_version)),
-            ("hypervisor", connected.hypervisor.clone()),
-        ];
-        self.info.details.extend(details.into_iter().filter_map(|(key, value)| Some((key, value?))));
-    }
-
-    fn lost(&mut self, reason: String) {
-        self.up = false;
-        self.info.available = false;
-        self.info.reason = Some(reason);
-    }
-
-    /// False if the answer before is still outstanding. The next request is due an interval later all the same.
-    fn request(&mut self, groups: Groups) -> bool {
-        let now = MonotonicNs::now();
-        self.requested = Some(now);
-        if self.source.request(groups).is_err() {
-            return false;
-        }
-        if groups.contains(Groups::all()) {
-            self.requested_slow = Some(now);
-        }
-        true
-    }
-}
-
-async fn next_update(libvirt: &mut Option<LibvirtState>) -> Update {
+async fn next_update(libvirt: &mut Option<Inquiry>) -> Update {
     match libvirt {
-        Some(libvirt) => libvirt.source.next().await,
+        Some(libvirt) => libvirt.next().await,
         None => std::future::pending().await,
     }
 }

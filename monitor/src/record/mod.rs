@@ -158,6 +158,9 @@ pub struct Domain<'a> {
     pub id: Option<u32>,
     /// `running`, `paused`, …, `unknown` without libvirt.
     pub state: &'static str,
+    /// `silent`: QEMU does not answer libvirt. `in_job`: libvirt asks it nothing while a job runs. Left out otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub monitor: Option<&'static str>,
     /// Title; text a tenant may have chosen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub title: Option<&'a str>,
@@ -348,10 +351,32 @@ pub enum EventKind {
     Started,
     /// A domain stopped while we watched.
     Stopped,
+    /// It came from another host or went to one.
+    Migrated,
     /// It was paused.
     Paused,
     /// It runs again.
     Resumed,
+    /// The guest restarted inside the same QEMU.
+    Rebooted,
+    /// The guest crashed.
+    Crashed,
+    /// A device came or went.
+    Hotplug,
+    /// A device could not be taken out.
+    HotplugFailed,
+    /// The balloon has another size.
+    Balloon,
+    /// A job on a disk is ready or ended.
+    BlockJob,
+    /// I/O on a disk failed on the host.
+    IoError,
+    /// Metadata, limits or a medium changed; a `domain` line follows if it shows there.
+    Reconfigured,
+    /// QEMU does not answer libvirt: what only it knows is missing until `monitor_back`.
+    MonitorSilent,
+    /// QEMU answers libvirt again.
+    MonitorBack,
     /// Counters of a domain started anew; its epoch grew.
     CounterReset,
     /// The direction of an interface does not fit the addresses of its packets.
@@ -507,6 +532,7 @@ impl<'a> Domain<'a> {
             name: &domain.name,
             id: domain.id,
             state: domain.state.name(),
+            monitor: domain.monitor.name(),
             title: domain.title.as_deref(),
             metadata: (*owner != inventory::Owner::default()).then_some(metadata),
             pid: domain.process.map(|p| p.tgid.0),

@@ -15,7 +15,7 @@ use crate::{
     model::{self, rate},
     sample::{DomainSample, InterfaceDetail, ReadClass, Values},
     source::ebpf::ExitReason,
-    units::{MonotonicNs, SourceKind},
+    units::{MonotonicNs, SourceKind, Window},
 };
 
 /// What the sources said of one domain at one tick.
@@ -148,13 +148,18 @@ fn serialize_windows<S: Serializer>(sample: &DomainSample, to: S) -> Result<S::O
     map.end()
 }
 
-fn fresh_window(sample: &DomainSample, source: SourceKind) -> Option<crate::units::Window> {
+fn fresh_window(sample: &DomainSample, source: SourceKind) -> Option<Window> {
     let classes = match source {
         SourceKind::Ebpf => [ReadClass::Ebpf; 2],
         SourceKind::Procfs => [ReadClass::Procfs, ReadClass::ProcfsSlow],
         SourceKind::Libvirt => [ReadClass::LibvirtFast, ReadClass::LibvirtSlow],
     };
-    classes.into_iter().map(|class| sample.reads(class)).find(|r| r.fresh)?.now
+    let fresh = classes.into_iter().map(|class| sample.reads(class)).filter(|reads| reads.fresh);
+    let mut windows = fresh.filter_map(|reads| reads.now);
+    let first = windows.next()?;
+    // Counters come with both reads of libvirt: around both. The slow read of `/proc` brings gauges only.
+    let more = windows.next().filter(|_| source == SourceKind::Libvirt).unwrap_or(first);
+    Some(Window { begin: first.begin.min(more.begin), end: first.end.max(more.end) })
 }
 
 impl Serialize for Metrics<'_> {

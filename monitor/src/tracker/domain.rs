@@ -7,7 +7,7 @@ use super::{
     nics::{Nic, is_same},
 };
 use crate::{
-    inventory::{Domain, Vcpu},
+    inventory::{Domain, DomainState, Vcpu},
     ledger::{Ledger, Parts, new_in_histogram},
     metric::{Metric, Scope},
     record::Subject,
@@ -17,7 +17,10 @@ use crate::{
             Culprit, Ebpf, GroupSlot, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL, KIND_PROCESS, KvmFigures,
             NicSlot, ProcessSlot, ProcessTimes, Slot, ThreadTimes, Torn,
         },
-        libvirt::stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats},
+        libvirt::{
+            Duty,
+            stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats},
+        },
         procfs::{self, ProcessReader, ProcfsError, ThreadReader},
     },
     split::{Figures, Split},
@@ -107,10 +110,20 @@ impl Tracked {
         Subject { seq: self.seq, epoch: self.epoch, domain: &self.domain, sample: &self.sample }
     }
 
+    /// Its process was found, and no sample of it has been written.
+    #[must_use]
+    pub fn is_new(&self) -> bool {
+        self.seq == 0 && self.domain.process.is_some()
+    }
+
     /// Takes over a new description. Keeps what only `/proc` knows, and the values of what is still there. True if
     /// anything is different.
     pub(super) fn describe(&mut self, mut new: Domain) -> bool {
         new.process = self.domain.process;
+        new.monitor = self.domain.monitor;
+        if new.state == DomainState::Unknown {
+            new.state = self.domain.state;
+        }
         if self.domain.vcpus.iter().any(|v| v.tid.is_some()) {
             // libvirt knows pinning, `/proc` knows which threads there are.
             let pinned = |index| new.vcpus.iter().find(|v| v.index == index).and_then(|v| v.affinity.clone());
@@ -357,7 +370,18 @@ impl Tracked {
         Some(result)
     }
 
-    pub(super) fn put_libvirt(&mut self, stats: &DomainStats, window: Window, slow: bool) {
+    pub(super) fn put_libvirt(&mut self, stats: &DomainStats, window: Window, duty: Duty) {
+        match duty {
+            Duty::Watch => self.put_libvirt_fast(stats, window),
+            Duty::Count => {
+                self.sample.begin(ReadClass::LibvirtSlow);
+                self.put_libvirt_slow(stats);
+                self.sample.end(ReadClass::LibvirtSlow, window);
+            }
+        }
+    }
+
+    fn put_libvirt_fast(&mut self, stats: &DomainStats, window: Window) {
         self.sample.begin(ReadClass::LibvirtFast);
         for (interface, values) in self.domain.interfaces.iter().zip(&mut self.sample.interfaces) {
             if let Some(stats) = stats.interfaces.iter().find(|s| s.device == interface.device) {
@@ -365,11 +389,6 @@ impl Tracked {
             }
         }
         self.sample.end(ReadClass::LibvirtFast, window);
-        if slow {
-            self.sample.begin(ReadClass::LibvirtSlow);
-            self.put_libvirt_slow(stats);
-            self.sample.end(ReadClass::LibvirtSlow, window);
-        }
     }
 
     fn put_libvirt_slow(&mut self, stats: &DomainStats) {

@@ -12,11 +12,11 @@ use std::{collections::BTreeMap, path::PathBuf};
 pub use self::domain::Tracked;
 use self::domain::{Names, Slots, Thread};
 use crate::{
-    inventory::{Domain, DomainState, FoundBy, Owner, QemuProcess},
+    inventory::{Domain, DomainState, FoundBy, MonitorState, Owner, QemuProcess},
     record::{Change, EventKind},
     source::{
         ebpf::{Ebpf, EbpfError, Happened, Keep, NotFollowed, probes::ProbeGroup},
-        libvirt::{Groups, LibvirtSample},
+        libvirt::{DomainEvent, LibvirtSample, What},
         netdev::{CounterTable, Devices},
         procfs::{self, FoundQemu, ProcessReader, Processes, ThreadReader},
     },
@@ -206,7 +206,7 @@ impl Tracker {
         let name = found.args.name.clone().unwrap_or_else(|| format!("qemu-{}", found.process.tgid));
         self.names.insert(found.process.tgid.0, name);
         let uuid = found.args.uuid.unwrap_or_else(|| made_up_uuid(found.process));
-        let i = match self.domains.iter().position(|t| t.domain.uuid == uuid) {
+        let i = match self.find(uuid) {
             Some(i) => i,
             None => {
                 let domain = domain_of(uuid, &found);
@@ -245,7 +245,7 @@ impl Tracker {
         if !self.wanted.matches(domain.uuid, &domain.name) {
             return;
         }
-        let Some(i) = self.domains.iter().position(|t| t.domain.uuid == domain.uuid) else {
+        let Some(i) = self.find(domain.uuid) else {
             self.add(domain, "listed by libvirt");
             return self.look_at_interfaces(self.domains.len() - 1);
         };
@@ -261,7 +261,7 @@ impl Tracker {
     /// libvirt no longer lists a domain. If its QEMU is known, its end is what counts: libvirt may have lost track of
     /// a domain that lives.
     pub fn unlisted(&mut self, uuid: DomainUuid) {
-        let Some(i) = self.domains.iter().position(|t| t.domain.uuid == uuid) else { return };
+        let Some(i) = self.find(uuid) else { return };
         if self.domains[i].domain.process.is_none() {
             self.remove(i, "libvirt no longer lists it");
         }
@@ -435,6 +435,32 @@ impl Tracker {
         }
     }
 
+    /// Whether a domain's QEMU process has not been found yet.
+    #[must_use]
+    pub fn has_unfound(&self) -> bool {
+        self.domains.iter().any(|tracked| tracked.domain.process.is_none())
+    }
+
+    /// Reads the kernel programs and `/proc` for domains that have not been sampled yet, and no others: their rates
+    /// are from tick to tick. True if there is one.
+    pub fn read_new(&mut self) -> bool {
+        if !self.domains.iter().any(Tracked::is_new) {
+            return false;
+        }
+        if let Some(ebpf) = &mut self.ebpf
+            && let Ok(window) = ebpf.read()
+        {
+            for tracked in self.domains.iter_mut().filter(|tracked| tracked.is_new()) {
+                tracked.put_ebpf(ebpf, window, &self.names);
+            }
+        }
+        for tracked in self.domains.iter_mut().filter(|tracked| tracked.is_new()) {
+            // An error shows at the next tick too, and is counted there.
+            let _ = tracked.put_procfs(&mut self.buffer);
+        }
+        true
+    }
+
     /// Reads `/proc` of every domain.
     pub fn read_procfs(&mut self) {
         let every_ns = if self.ebpf.is_some() { SLOW_BESIDE_EBPF_NS } else { SLOW_NS };
@@ -487,31 +513,91 @@ impl Tracker {
             count.errors += 1;
             count.last_error = Some(error);
         }
-        self.count(SourceKind::Libvirt).reads += 1;
+        self.count(SourceKind::Libvirt).reads += u64::from(answer.collected);
         for stats in &answer.domains {
-            let Some(i) = self.domains.iter().position(|t| t.domain.uuid == stats.uuid) else { continue };
-            self.domains[i].put_libvirt(stats, answer.window, answer.groups.contains(Groups::all()));
+            let Some(i) = self.find(stats.uuid) else { continue };
+            self.domains[i].put_libvirt(stats, answer.window, answer.duty);
             if let Some(state) = stats.state {
-                self.state_is(i, state);
+                self.state_is(i, state, "libvirt says so");
             }
         }
     }
 
-    fn state_is(&mut self, i: usize, state: DomainState) {
+    fn find(&self, uuid: DomainUuid) -> Option<usize> {
+        self.domains.iter().position(|t| t.domain.uuid == uuid)
+    }
+
+    fn state_is(&mut self, i: usize, state: DomainState, why: &str) {
         let old = std::mem::replace(&mut self.domains[i].domain.state, state);
         if old == state {
             return;
         }
         match (old, state) {
             (_, DomainState::Paused) if old != DomainState::Unknown => {
-                self.notice_event(i, EventKind::Paused, "libvirt says so");
+                self.notice_event(i, EventKind::Paused, why);
             }
-            (DomainState::Paused, DomainState::Running) => {
-                self.notice_event(i, EventKind::Resumed, "libvirt says so");
-            }
+            (DomainState::Paused, DomainState::Running) => self.notice_event(i, EventKind::Resumed, why),
+            (_, DomainState::Crashed) => self.notice_event(i, EventKind::Crashed, why),
             _ => {}
         }
         self.changed(i, &format!("state {} → {}", old.name(), state.name()));
+    }
+
+    /// A domain's QEMU does not answer libvirt, or does again.
+    pub fn monitor_is(&mut self, uuid: DomainUuid, state: MonitorState) {
+        let Some(i) = self.find(uuid) else { return };
+        if std::mem::replace(&mut self.domains[i].domain.monitor, state) == state {
+            return;
+        }
+        let (kind, detail) = match state {
+            MonitorState::Answers => (EventKind::MonitorBack, "QEMU answers libvirt again"),
+            MonitorState::Silent => (
+                EventKind::MonitorSilent,
+                "QEMU does not answer libvirt: what only it knows is missing, and the others are read without it",
+            ),
+            MonitorState::InJob => (
+                EventKind::MonitorSilent,
+                "libvirt asks QEMU nothing while a job runs: what only QEMU knows is missing",
+            ),
+        };
+        self.notice_event(i, kind, detail);
+        self.changed(i, detail);
+    }
+
+    /// Something libvirt tells of a domain. What it means for the description is read from that.
+    pub fn happened(&mut self, event: &DomainEvent) {
+        let known = self.find(event.uuid);
+        if known.is_none() && !self.wanted.matches(event.uuid, &event.name) {
+            return;
+        }
+        let kind = match event.what {
+            What::State(state) => {
+                if let Some(i) = known {
+                    self.state_is(i, state, &event.detail);
+                }
+                return;
+            }
+            What::Started => EventKind::Started,
+            What::MigratedIn | What::MigratedAway => EventKind::Migrated,
+            What::Stopped => EventKind::Stopped,
+            What::Rebooted => EventKind::Rebooted,
+            What::Hotplug => EventKind::Hotplug,
+            What::HotplugFailed => EventKind::HotplugFailed,
+            What::Balloon(bytes) => {
+                if let Some(i) = known {
+                    self.domains[i].domain.memory_current_bytes = Some(bytes);
+                }
+                EventKind::Balloon
+            }
+            What::BlockJob => EventKind::BlockJob,
+            What::IoError => EventKind::IoError,
+            What::Changed => EventKind::Reconfigured,
+        };
+        self.notices.push(Notice::Event {
+            kind,
+            domain: Some((event.uuid, event.name.clone())),
+            detail: event.detail.clone(),
+        });
     }
 }
 
@@ -523,6 +609,7 @@ fn domain_of(uuid: DomainUuid, found: &FoundQemu) -> Domain {
         name,
         id: None,
         state: DomainState::Unknown,
+        monitor: MonitorState::default(),
         title: None,
         owner: Owner::default(),
         virt_type: Some(if found.args.kvm { "kvm" } else { "qemu" }.to_owned()),

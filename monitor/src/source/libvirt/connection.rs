@@ -8,12 +8,14 @@ use std::{
     ffi::{CStr, CString, c_char},
     fmt, ptr, slice,
     sync::Once,
+    time::Duration,
 };
 
 use virt::sys;
 
 use super::{
     error::{CallError, LibvirtError},
+    events::{self, EventSink},
     stats::{Builder, DeviceMark, DomainStats, Value},
 };
 use crate::units::DomainUuid;
@@ -36,16 +38,16 @@ impl Groups {
     /// Disks; asks QEMU.
     pub const BLOCK: Self = Self(sys::VIR_DOMAIN_STATS_BLOCK);
 
-    /// What libvirt tells without asking QEMU, so that guests do not pay for it.
+    /// What libvirt tells without asking QEMU: guests do not pay for it, and no QEMU can hold up the answer.
     #[must_use]
     pub const fn fast() -> Self {
         Self::STATE.and(Self::INTERFACE)
     }
 
-    /// Everything this program reads; iothreads are left out, they tell nothing but polling parameters.
+    /// What makes libvirt ask QEMU, or takes it long; iothreads are left out, they tell nothing but polling parameters.
     #[must_use]
-    pub const fn all() -> Self {
-        Self::fast().and(Self::CPU_TOTAL).and(Self::VCPU).and(Self::BALLOON).and(Self::BLOCK)
+    pub const fn slow() -> Self {
+        Self::CPU_TOTAL.and(Self::VCPU).and(Self::BALLOON).and(Self::BLOCK)
     }
 
     /// These groups and those.
@@ -102,6 +104,8 @@ pub struct Connected {
 /// An open read-only connection.
 pub(super) struct Connection {
     raw: sys::virConnectPtr,
+    /// Callbacks registered on it.
+    callbacks: Vec<std::ffi::c_int>,
 }
 
 impl Connection {
@@ -113,7 +117,19 @@ impl Connection {
         if raw.is_null() {
             return Err(LibvirtError::Open { uri: uri.to_owned(), error: CallError::last() });
         }
-        Ok(Self { raw })
+        Ok(Self { raw, callbacks: Vec::new() })
+    }
+
+    /// Ends the connection, and every call on it, when the other side has not shown life for 20 s. Drivers inside this
+    /// process have no other side, and without an event loop there is none of it.
+    pub(super) fn keep_alive(&self) {
+        // SAFETY: `raw` is an open connection.
+        unsafe { sys::virConnectSetKeepAlive(self.raw, 5, 3) };
+    }
+
+    /// Lets events come. A driver without them is looked at as often as any other.
+    pub(super) fn register(&mut self, sink: &EventSink) {
+        self.callbacks = events::register(self.raw, sink);
     }
 
     /// Whether the connection can carry a call. True only says that no failure was noticed yet.
@@ -140,6 +156,19 @@ impl Connection {
         }
     }
 
+    /// A domain, if there is one.
+    pub(super) fn domain(&self, uuid: DomainUuid) -> Result<Option<DomainRef<'_>>, LibvirtError> {
+        // SAFETY: `raw` is an open connection; the UUID has VIR_UUID_BUFLEN bytes.
+        let raw = unsafe { sys::virDomainLookupByUUID(self.raw, uuid.0.as_ptr()) };
+        if !raw.is_null() {
+            return Ok(Some(DomainRef { raw, _connection: self }));
+        }
+        match CallError::last() {
+            gone if gone.code == sys::VIR_ERR_NO_DOMAIN => Ok(None),
+            source => Err(LibvirtError::Call { call: "virDomainLookupByUUID", source }),
+        }
+    }
+
     /// All active domains, transient and persistent; a domain that is busy with a job is not waited for.
     pub(super) fn all_domain_stats(&self, groups: Groups) -> Result<Records<'_>, LibvirtError> {
         const FLAGS: u32 =
@@ -156,7 +185,11 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        // SAFETY: this is the only reference, and nothing borrowed from it is left. A failure leaves nothing to do.
+        for id in &self.callbacks {
+            // SAFETY: `raw` is still a connection, and the id one that it gave. Fails if the daemon is gone.
+            unsafe { sys::virConnectDomainEventDeregisterAny(self.raw, *id) };
+        }
+        // SAFETY: this is our only reference, and nothing borrowed from it is left. A failure leaves nothing to do.
         unsafe { sys::virConnectClose(self.raw) };
     }
 }
@@ -205,22 +238,28 @@ impl Record<'_> {
 
     /// The id of this run, absent once the domain stopped.
     pub(super) fn id(&self) -> Option<u32> {
-        // SAFETY: the record holds a reference to its domain.
-        let id = unsafe { sys::virDomainGetID(self.raw.dom) };
-        (id != u32::MAX).then_some(id)
+        id_of(self.raw.dom)
     }
 
     /// The live XML; `Ok(None)` if the domain vanished meanwhile.
     pub(super) fn xml(&self) -> Result<Option<String>, LibvirtError> {
-        // SAFETY: the record holds a reference to its domain; the text is allocated for the caller.
-        let text = take_text(unsafe { sys::virDomainGetXMLDesc(self.raw.dom, 0) });
-        match text {
-            Some(text) => Ok(Some(text)),
-            None => match CallError::last() {
-                gone if gone.code == sys::VIR_ERR_NO_DOMAIN => Ok(None),
-                source => Err(LibvirtError::Call { call: "virDomainGetXMLDesc", source }),
-            },
+        xml_of(self.raw.dom)
+    }
+
+    /// What libvirt does with its QEMU at this moment, without asking that.
+    pub(super) fn control(&self) -> Result<Control, LibvirtError> {
+        // SAFETY: an all-zero value is valid for this plain C struct.
+        let mut info: sys::virDomainControlInfo = unsafe { std::mem::zeroed() };
+        // SAFETY: the record holds a reference to its domain; `info` is writable.
+        if unsafe { sys::virDomainGetControlInfo(self.raw.dom, &raw mut info, 0) } != 0 {
+            return Err(call_error("virDomainGetControlInfo"));
         }
+        let since = Duration::from_millis(info.stateTime);
+        Ok(match info.state {
+            sys::VIR_DOMAIN_CONTROL_JOB => Control::Job(since),
+            sys::VIR_DOMAIN_CONTROL_OCCUPIED => Control::Occupied(since),
+            _ => Control::Free,
+        })
     }
 
     /// Its values, and a mark of the devices they tell of.
@@ -244,6 +283,69 @@ impl Record<'_> {
             },
             _ => &[],
         }
+    }
+}
+
+/// A domain that was looked up.
+pub(super) struct DomainRef<'c> {
+    raw: sys::virDomainPtr,
+    _connection: &'c Connection,
+}
+
+impl DomainRef<'_> {
+    pub(super) fn id(&self) -> Option<u32> {
+        id_of(self.raw)
+    }
+
+    pub(super) fn xml(&self) -> Result<Option<String>, LibvirtError> {
+        xml_of(self.raw)
+    }
+}
+
+impl Drop for DomainRef<'_> {
+    fn drop(&mut self) {
+        // SAFETY: this is the only reference of ours. A failure leaves nothing to do.
+        unsafe { sys::virDomainFree(self.raw) };
+    }
+}
+
+/// What libvirt does with a QEMU (`virDomainControlState`), and for how long it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// Nothing, or an error: the next call is answered, if only by that.
+    Free,
+    /// A job that takes its time: migration, save, a dump, a block job.
+    Job(Duration),
+    /// It waits for an answer of QEMU's monitor.
+    Occupied(Duration),
+}
+
+impl Control {
+    /// How long it has not answered; `None` if it does.
+    #[must_use]
+    pub const fn busy_for(self) -> Option<Duration> {
+        match self {
+            Self::Free => None,
+            Self::Job(time) | Self::Occupied(time) => Some(time),
+        }
+    }
+}
+
+fn id_of(domain: sys::virDomainPtr) -> Option<u32> {
+    // SAFETY: the caller holds a reference to the domain.
+    let id = unsafe { sys::virDomainGetID(domain) };
+    (id != u32::MAX).then_some(id)
+}
+
+fn xml_of(domain: sys::virDomainPtr) -> Result<Option<String>, LibvirtError> {
+    // SAFETY: the caller holds a reference to the domain; the text is allocated for us.
+    let text = take_text(unsafe { sys::virDomainGetXMLDesc(domain, 0) });
+    match text {
+        Some(text) => Ok(Some(text)),
+        None => match CallError::last() {
+            gone if gone.code == sys::VIR_ERR_NO_DOMAIN => Ok(None),
+            source => Err(LibvirtError::Call { call: "virDomainGetXMLDesc", source }),
+        },
     }
 }
 

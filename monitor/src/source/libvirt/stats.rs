@@ -225,6 +225,14 @@ impl DomainStats {
         }
         builder.finish().0
     }
+
+    /// Whether nothing in it comes from QEMU's monitor, though it was asked for: libvirt leaves that out (NOWAIT) while
+    /// another call waits for that monitor or a job holds it. Its own bookkeeping is there all the same.
+    pub(super) fn lacks_what_qemu_tells(&self) -> bool {
+        let of_qemu = |block: &BlockStats| block.rd_reqs.is_some() || block.capacity_bytes.is_some();
+        let told_of = !self.blocks.is_empty() || self.balloon.actual_bytes.is_some();
+        told_of && self.balloon.rss_bytes.is_none() && !self.blocks.iter().any(of_qemu)
+    }
 }
 
 /// Collects parameters as they come; lists are kept by libvirt's index until the end.

@@ -11,9 +11,13 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
 }
 
+fn fast() -> Request {
+    Request { groups: Some(Groups::fast()), ..Request::default() }
+}
+
 async fn connected() -> (Libvirt, Connected) {
     let mut libvirt = Libvirt::start(TEST_DRIVER);
-    assert_eq!(libvirt.request(Groups::all()), Err(Busy), "not connected yet");
+    assert_eq!(libvirt.watch(fast()), Err(Busy), "not connected yet");
     match libvirt.next().await {
         Update::Connected(to) => (libvirt, to),
         other => panic!("{other:?}"),
@@ -39,8 +43,8 @@ fn stuck_daemon() -> (UnixListener, std::path::PathBuf, String) {
 
 #[test]
 fn groups_are_a_set() {
-    assert!(Groups::all().contains(Groups::fast()));
     assert!(Groups::fast().contains(Groups::INTERFACE) && !Groups::fast().contains(Groups::BLOCK));
+    assert!(Groups::slow().contains(Groups::BLOCK) && !Groups::slow().contains(Groups::INTERFACE));
 }
 
 #[test]
@@ -51,11 +55,11 @@ fn a_domain_is_described_once_and_measured_each_time() {
         assert_eq!(to.uri, TEST_DRIVER);
         assert!(to.library_version.unwrap() >= Version { major: 6, minor: 0, release: 0 });
 
-        libvirt.request(Groups::all()).unwrap();
-        assert_eq!(libvirt.request(Groups::all()), Err(Busy));
-        assert!(libvirt.outstanding_since().is_some());
+        libvirt.watch(fast()).unwrap();
+        assert_eq!(libvirt.watch(fast()), Err(Busy));
+        assert!(libvirt.outstanding_since(Duty::Watch).is_some());
         let first = sample(&mut libvirt).await;
-        assert_eq!(libvirt.outstanding_since(), None);
+        assert_eq!(libvirt.outstanding_since(Duty::Watch), None);
         assert!(first.window.begin <= first.window.end);
         assert_eq!((first.errors.as_slice(), first.gone.as_slice()), (&[][..], &[][..]));
         let [stats] = first.domains.as_slice() else { panic!("{first:?}") };
@@ -64,24 +68,63 @@ fn a_domain_is_described_once_and_measured_each_time() {
         assert_eq!((domain.state, stats.state), (DomainState::Running, Some(DomainState::Running)));
         assert_eq!(stats.cpu_time_ns, None, "the test driver tells nothing but the state");
 
-        libvirt.request(Groups::fast()).unwrap();
+        libvirt.watch(fast()).unwrap();
         let second = sample(&mut libvirt).await;
         assert_eq!((second.domains.len(), second.described.len(), second.gone.len()), (1, 0, 0));
         assert!(second.window.begin >= first.window.end);
+
+        let uuid = stats.uuid;
+        libvirt.watch(Request { describe: vec![uuid, DomainUuid([9; 16])], ..Request::default() }).unwrap();
+        let described = sample(&mut libvirt).await;
+        assert_eq!((described.collected, described.domains.len()), (false, 0));
+        assert_eq!(described.described.iter().map(|d| d.domain.uuid).collect::<Vec<_>>(), [uuid]);
+        assert_eq!(described.gone, [], "nothing was asked that could tell");
     });
+}
+
+#[test]
+fn counting_goes_on_with_another_worker_when_one_is_given_up() {
+    block_on(async {
+        let (mut libvirt, _) = connected().await;
+        libvirt.count().unwrap();
+        assert_eq!(sample(&mut libvirt).await.duty, Duty::Count);
+        for _ in 0..MOST_STUCK {
+            libvirt.count().unwrap();
+            libvirt.give_up_counting().unwrap();
+        }
+        // These are not stuck: their answers come, are not taken for the last one's, and make room.
+        libvirt.count().unwrap();
+        let answer = sample(&mut libvirt).await;
+        assert_eq!((answer.duty, answer.domains.len()), (Duty::Count, 1));
+        assert_eq!(libvirt.outstanding_since(Duty::Count), None);
+    });
+}
+
+#[test]
+fn stuck_workers_are_few() {
+    let (_listener, path, uri) = stuck_daemon();
+    block_on(async {
+        let mut libvirt = Libvirt::start(&uri);
+        for _ in 0..MOST_STUCK {
+            libvirt.count().unwrap();
+            libvirt.give_up_counting().unwrap();
+        }
+        assert_eq!(libvirt.give_up_counting(), Err(Busy));
+    });
+    std::fs::remove_file(path).unwrap();
 }
 
 #[test]
 fn waiting_for_an_answer_can_be_cancelled() {
     block_on(async {
         let (mut libvirt, _) = connected().await;
-        libvirt.request(Groups::fast()).unwrap();
+        libvirt.watch(fast()).unwrap();
         drop(tokio::time::timeout(Duration::ZERO, libvirt.next()).await);
         // Either the answer came at once, or it is still to come; never is it lost.
-        if libvirt.outstanding_since().is_some() {
+        if libvirt.outstanding_since(Duty::Watch).is_some() {
             assert_eq!(sample(&mut libvirt).await.domains.len(), 1);
         }
-        libvirt.request(Groups::fast()).unwrap();
+        libvirt.watch(fast()).unwrap();
         assert_eq!(sample(&mut libvirt).await.domains.len(), 1);
     });
 }
@@ -92,7 +135,7 @@ fn no_daemon_is_said_once_with_cause_and_fix() {
         let mut libvirt = Libvirt::start("qemu+unix:///system?socket=/nonexistent/libvirt-sock");
         let Update::Lost { reason } = libvirt.next().await else { panic!() };
         assert!(reason.contains("does not run") && reason.contains("/nonexistent/libvirt-sock"), "{reason}");
-        assert_eq!(libvirt.request(Groups::all()), Err(Busy));
+        assert_eq!(libvirt.watch(fast()), Err(Busy));
         let again = tokio::time::timeout(Duration::from_millis(600), libvirt.next()).await;
         assert!(again.is_err(), "the second attempt fails for the same reason: {again:?}");
     });
@@ -105,7 +148,7 @@ fn a_stuck_daemon_holds_up_nothing() {
     block_on(async {
         let mut libvirt = Libvirt::start(&uri);
         assert!(tokio::time::timeout(Duration::from_millis(100), libvirt.next()).await.is_err());
-        assert_eq!(libvirt.request(Groups::all()), Err(Busy));
+        assert_eq!(libvirt.watch(fast()), Err(Busy));
     });
     let error = snapshot(&uri, Duration::from_millis(100)).unwrap_err();
     assert!(matches!(error, LibvirtError::Deadline { .. }), "{error}");
@@ -119,7 +162,7 @@ fn snapshot_reads_everything_once() {
     let (to, sample) = probe(TEST_DRIVER, Duration::from_secs(20)).unwrap();
     assert_eq!(to.hypervisor.as_deref(), Some("TEST"));
     assert_eq!((sample.domains.len(), sample.described.len()), (1, 1));
-    assert_eq!(sample.groups, Groups::all());
+    assert_eq!((sample.duty, sample.collected), (Duty::Watch, true));
 }
 
 #[test]

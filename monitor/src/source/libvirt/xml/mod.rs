@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 use roxmltree::{Document, Node, ParsingOptions};
 
 use crate::{
-    inventory::{Balloon, Disk, Domain, DomainState, FoundBy, Interface, Observable, Owner, Vcpu},
+    inventory::{
+        Balloon, Disk, Domain, DomainState, FoundBy, Interface, MonitorState, Observable, Owner, Vcpu,
+    },
     units::{DomainUuid, VcpuIndex},
 };
 
@@ -83,6 +85,7 @@ fn read_domain(root: Node<'_, '_>) -> Result<Domain, XmlError> {
         name,
         id: number(root.attribute("id")),
         state: DomainState::Unknown,
+        monitor: MonitorState::default(),
         title: child_text(root, "title"),
         owner: read_owner(root),
         virt_type: attribute(root, "type"),

@@ -1,0 +1,252 @@
+//! libvirt on a live host: a QEMU that does not answer holds up nobody else, and what happens to a domain is told by
+//! events, not found by looking.
+//!
+//! The real binary runs inside a [`Lab`] with one guest that works a little and others that come and go. Needs root and
+//! the variables that `cargo xtask test` sets. Where an event is to tell, the intervals are so long that nothing else
+//! could within a test's patience.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![expect(clippy::print_stderr, reason = "measured times, for a person")]
+
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use lab::{DiskSpec, Guest, GuestSpec, Lab, LabDirs, NicSpec, StartState};
+use rustix::process::Signal;
+use serde_json::Value;
+use support::{Run, Stopped, has_window, is_change_of, is_sample_of, program, send};
+
+#[path = "support/mod.rs"]
+#[expect(dead_code, reason = "each test program uses a part of it")]
+mod support;
+
+/// The guest that all tests share, and the one that comes and goes.
+const NAME: &str = "steady";
+const UUID: &str = "5ec0de00-0000-4000-8000-0000000000ea";
+const OTHER: &str = "other";
+const OTHER_UUID: &str = "5ec0de00-0000-4000-8000-0000000000eb";
+/// Every read of libvirt brings every group.
+const QUICK: [&str; 6] =
+    ["--interval", "100ms", "--libvirt-interval", "200ms", "--libvirt-slow-interval", "200ms"];
+/// Nothing is looked at again while a test lasts.
+const BY_EVENTS: [&str; 6] =
+    ["--interval", "1h", "--libvirt-interval", "1h", "--libvirt-slow-interval", "1h"];
+
+// ---- a QEMU that does not answer
+
+#[test]
+fn a_qemu_that_does_not_answer_delays_nobody_else() {
+    let stage = stage();
+    let other = stage.boot_other(StartState::Paused);
+    for ebpf in ["auto", "off"] {
+        let mut run = stage.run(&[&["--ebpf", ebpf], &QUICK[..]].concat());
+        run.wait("what QEMU knows of both", |r| is_sample_of(r, OTHER_UUID) && tells_of_disks(r));
+        run.wait("what QEMU knows of both", |r| is_sample_of(r, UUID) && tells_of_disks(r));
+        let stopped = Stopped::new(other.pid);
+        let told = run.wait("the mark", |r| is_event_of(r, OTHER_UUID, "monitor_silent"));
+        let mark = run.wait("the mark", |r| is_change_of(r, OTHER_UUID, "changed"));
+        assert_eq!(mark["domain"]["monitor"], "silent", "{mark}");
+        // The one that answers has all its values again and again, the other what libvirt knows by itself.
+        let mut last = told["mono_ns"].as_u64().unwrap();
+        let mut longest = 0;
+        for _ in 0..10 {
+            let sample = run.wait("the other guest's values", |r| is_sample_of(r, UUID) && tells_of_disks(r));
+            let now = sample["mono_ns"].as_u64().unwrap();
+            longest = longest.max(now - std::mem::replace(&mut last, now));
+        }
+        eprintln!("--ebpf {ebpf}: at most {} ms between values beside a silent QEMU", longest / 1_000_000);
+        run.wait("libvirt's own values of the silent one", |r| {
+            is_sample_of(r, OTHER_UUID)
+                && r["interfaces"][0]["rx_bytes"]["libvirt"].is_u64()
+                && !tells_of_disks(r)
+                && has_window(r, "procfs")
+        });
+        drop(stopped);
+        run.wait("the end of the mark", |r| is_event_of(r, OTHER_UUID, "monitor_back"));
+        run.wait("what QEMU knows, again", |r| is_sample_of(r, OTHER_UUID) && tells_of_disks(r));
+        let ended = run.stop();
+        let lost = ended.records.iter().filter(|r| r["kind"] == "source_lost").count();
+        assert_eq!(lost, 0, "libvirt was there all the time");
+    }
+}
+
+#[test]
+fn a_silent_qemu_that_dies_goes_and_libvirt_stays() {
+    let stage = stage();
+    let other = stage.boot_other(StartState::Paused);
+    let mut run = stage.run(&QUICK);
+    run.wait("what QEMU knows", |r| is_sample_of(r, OTHER_UUID) && tells_of_disks(r));
+    let _stopped = Stopped::new(other.pid);
+    run.wait("the mark", |r| is_event_of(r, OTHER_UUID, "monitor_silent"));
+    send(other.pid, Signal::KILL);
+    run.wait("its end", |r| is_change_of(r, OTHER_UUID, "gone"));
+    run.wait("the other guest's values", |r| is_sample_of(r, UUID) && tells_of_disks(r));
+    let ended = run.stop();
+    assert!(ended.records.iter().all(|r| r["kind"] != "source_lost"));
+}
+
+/// `list` asks nothing of QEMU, so that it works when it is needed most.
+#[test]
+fn a_silent_qemu_is_listed() {
+    let stage = stage();
+    let other = stage.boot_other(StartState::Paused);
+    let _stopped = Stopped::new(other.pid);
+    let output = stage.lab.command(program()).arg("list").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.contains(NAME) && text.contains(OTHER_UUID), "{text}");
+    assert!(text.contains("found by libvirt"), "{text}");
+}
+
+// ---- events
+
+#[test]
+fn a_domain_that_starts_and_stops_is_told_at_once() {
+    let stage = stage();
+    for ebpf in ["auto", "off"] {
+        let mut run = stage.run(&[&["--ebpf", ebpf], &BY_EVENTS[..]].concat());
+        run.wait("a sample", |r| is_sample_of(r, UUID));
+        let other = stage.boot_other(StartState::Paused);
+        let mut first_sample = None;
+        let mut wait = |run: &mut Run, what: &str, wanted: &dyn Fn(&Value) -> bool| {
+            run.wait(what, |r| {
+                if is_sample_of(r, OTHER_UUID) {
+                    first_sample.get_or_insert(r["mono_ns"].as_u64().unwrap());
+                }
+                wanted(r)
+            })
+        };
+        let started = wait(&mut run, "its start", &|r| is_event_of(r, OTHER_UUID, "started"));
+        assert!(started["detail"].as_str().unwrap().contains("booted"), "{started}");
+        if first_sample.is_none() {
+            first_sample =
+                Some(run.wait("a sample", |r| is_sample_of(r, OTHER_UUID))["mono_ns"].as_u64().unwrap());
+        }
+        let after = i128::from(first_sample.unwrap()) - i128::from(started["mono_ns"].as_u64().unwrap());
+        eprintln!("--ebpf {ebpf}: first sample {} ms after the start was told", after / 1_000_000);
+        other.destroy().unwrap();
+        run.wait("its end", |r| is_event_of(r, OTHER_UUID, "stopped"));
+        let ended = run.stop();
+        let described = ended.records.iter().any(|r| {
+            r["type"] == "domain" && r["domain"]["uuid"] == OTHER_UUID && r["domain"]["found_by"] == "libvirt"
+        });
+        assert!(described, "libvirt's description of it");
+    }
+}
+
+#[test]
+fn what_happens_to_a_domain_is_told_by_events() {
+    let stage = stage();
+    let _other = stage.boot_other(StartState::Paused);
+    let mut run = stage.run(&BY_EVENTS);
+    run.wait("a sample", |r| is_sample_of(r, UUID));
+    let virsh = |arguments: &[&str]| stage.lab.virsh(arguments).unwrap();
+    let described = |run: &mut Run, what: &str, wanted: &dyn Fn(&Value) -> bool| {
+        run.wait(what, |r| is_change_of(r, UUID, "changed") && wanted(&r["domain"]));
+    };
+
+    // libvirt cannot resume a guest for a second time whose tap has an address of the host.
+    virsh(&["resume", OTHER]);
+    run.wait("the end of a pause", |r| is_event_of(r, OTHER_UUID, "resumed"));
+    virsh(&["suspend", OTHER]);
+    run.wait("a pause", |r| is_event_of(r, OTHER_UUID, "paused"));
+    virsh(&["reset", OTHER]);
+    run.wait("a reboot", |r| is_event_of(r, OTHER_UUID, "rebooted"));
+
+    let image = stage.lab.scratch().join("hot.raw");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    virsh(&["attach-disk", NAME, image.to_str().unwrap(), "vdb", "--live"]);
+    run.wait("a device", |r| is_event_of(r, UUID, "hotplug"));
+    described(&mut run, "the disk", &|d| d["disks"].as_array().unwrap().iter().any(|d| d["target"] == "vdb"));
+
+    let nic = stage.lab.scratch().join("hot-nic.xml");
+    let xml = "<interface type='ethernet'><target dev='tap-hot'/><model type='virtio'/></interface>";
+    std::fs::write(&nic, xml).unwrap();
+    virsh(&["attach-device", NAME, nic.to_str().unwrap(), "--live"]);
+    described(&mut run, "the interface", &|d| {
+        let interfaces = d["interfaces"].as_array().unwrap();
+        interfaces.iter().any(|i| i["device"] == "tap-hot" && i["ifindex"].is_u64())
+    });
+
+    virsh(&["desc", NAME, "--live", "--title", "a new title"]);
+    run.wait("metadata", |r| is_event_of(r, UUID, "reconfigured"));
+    described(&mut run, "the title", &|d| d["title"] == "a new title");
+
+    virsh(&["setmem", NAME, "120M", "--live"]);
+    run.wait("the balloon", |r| is_event_of(r, UUID, "balloon"));
+    let ended = run.stop();
+    assert!(ended.records.iter().all(|r| r["epoch"].is_null() || r["epoch"] == 0), "nothing restarted");
+}
+
+fn tells_of_disks(sample: &Value) -> bool {
+    sample["disks"][0]["rd_req"]["libvirt"].is_u64()
+}
+
+fn is_event_of(record: &Value, uuid: &str, kind: &str) -> bool {
+    record["type"] == "event" && record["kind"] == kind && record["domain"]["uuid"] == uuid
+}
+
+// ---- the stage: one lab and one guest for all tests, one test at a time
+
+struct Stage {
+    lab: Lab,
+    _guest: Guest,
+}
+
+/// Mind that a static is never dropped: the lab ends itself when this process does.
+fn stage() -> Performance {
+    static STAGE: OnceLock<Stage> = OnceLock::new();
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let stage = STAGE.get_or_init(Stage::build);
+    // A test that failed may have left it.
+    let _ = stage.lab.virsh(&["destroy", OTHER]);
+    Performance { stage, _alone: alone }
+}
+
+struct Performance {
+    stage: &'static Stage,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl std::ops::Deref for Performance {
+    type Target = Stage;
+
+    fn deref(&self) -> &Stage {
+        self.stage
+    }
+}
+
+impl Stage {
+    fn build() -> Self {
+        let lab = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
+        let nic = NicSpec::new("tap-steady", 0);
+        // It works a little for ever, so that its counters rise.
+        let script = format!("{} burn=cpu0:0.01s sleep=0.2s times=4000000000", nic.net_step("eth0"));
+        let root = "<controller type='pci' index='0' model='pcie-root'/>".to_owned();
+        let ports = root + &"<controller type='pci' model='pcie-root-port'/>".repeat(8);
+        let guest = lab.boot(&GuestSpec {
+            uuid: Some(UUID.to_owned()),
+            disks: vec![DiskSpec::raw("vda", 1 << 20)],
+            nics: vec![nic],
+            extra_devices_xml: ports,
+            ..GuestSpec::new(NAME, &script)
+        });
+        Self { _guest: guest.unwrap(), lab }
+    }
+
+    fn boot_other(&self, start: StartState) -> Guest {
+        let spec = GuestSpec {
+            uuid: Some(OTHER_UUID.to_owned()),
+            disks: vec![DiskSpec::raw("vda", 1 << 20)],
+            nics: vec![NicSpec::new("tap-other", 1)],
+            memory_mib: 64,
+            start,
+            ..GuestSpec::new(OTHER, "sleep=1s")
+        };
+        self.lab.boot(&spec).unwrap()
+    }
+
+    /// `kvm-monitor run` in the lab, for the guests of this file.
+    fn run(&self, args: &[&str]) -> Run {
+        let command = self.lab.command(program());
+        Run::start(command, &[&["run"], args].concat())
+    }
+}
