@@ -126,24 +126,24 @@ fn every_halt_and_every_kick_is_counted() {
     assert_eq!(counts(&watched.reasons(0).userspace), [("EINTR", kicks), ("IO", 1)].into());
 }
 
-/// Halts that end so soon that KVM polls for it: by its own statistics. KVM begins to poll once halts are short, so that a
-/// round has both kinds.
+/// Interrupts come so quickly that KVM polls for the end of halts: how often and how long, by its own statistics.
 #[test]
 fn polling_is_counted_as_kvm_counts_it() {
-    let round = Round { hlts: 200, ..Round::NONE };
+    let round = Round { hlts: 500, ..Round::NONE };
     let mut watched = Watched::new(1, round, Irqchip::Kernel);
     watched.machine.begin();
-    for i in 0..round.hlts {
-        wait(|| watched.kvm_says(0, "halt_exits") == u64::from(i) + 1);
+    while !watched.machine.is_over() {
         watched.machine.interrupt().unwrap();
+        std::thread::yield_now();
     }
     watched.machine.end(PATIENCE).unwrap();
     let (_, figures) = watched.read()[0];
     let polled = watched.kvm_says(0, "halt_successful_poll");
-    println!("{figures:?}, {polled} polled by KVM's count");
+    println!("{figures:?}, {polled} polled by KVM's count, for {} ns", poll_ns(&watched));
     // Not known without the address of the vCPU, which only entries and exits tell.
     assert_eq!(figures.halt_poll_ns, enters_guest_mode().then(|| poll_ns(&watched)));
     assert!(polled <= figures.halts_polled && figures.halts_polled <= figures.halts);
+    // Where the interrupt was there first, there was nothing to wait for.
     assert!(figures.halts <= u64::from(round.hlts), "{figures:?}");
 }
 
@@ -205,7 +205,7 @@ fn run_time_is_split_without_a_rest() {
     };
     let (of_spinning, of_leaving) = (share(&spinning), share(&leaving));
     println!("guest mode: {of_spinning} % when spinning, {of_leaving} % when leaving ({io_exits} exits)");
-    assert!(of_spinning > 50 && of_spinning > 2 * of_leaving, "{spinning:?}, {leaving:?}");
+    assert!(of_spinning > 50 && of_spinning > of_leaving, "{spinning:?}, {leaving:?}");
 }
 
 /// The split of the first vCPU's run time over a round, and its exits. All vCPUs share one CPU.
@@ -260,10 +260,10 @@ fn split_while_running(round: Round, vcpus: u32) -> (RunParts, u64) {
 /// Figures that belong together are never torn: whenever they are read, the reasons sum to the whole.
 #[test]
 fn no_reading_is_torn() {
-    let mut watched = Watched::new(1, Round { outs: 20_000, ..Round::NONE }, Irqchip::None);
+    let mut watched = Watched::new(1, Round { outs: 5_000, ..Round::NONE }, Irqchip::None);
     watched.machine.begin();
     let (mut readings, mut last) = (0, 0);
-    while last < 20_001 {
+    while last < 5_001 {
         let reasons = watched.reasons(0);
         let before: u64 = reasons.userspace.iter().map(|r| r.count).sum();
         let (_, figures) = watched.read()[0];

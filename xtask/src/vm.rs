@@ -257,6 +257,7 @@ fn environment(built: &Built) -> String {
     [
         set("KVM_MONITOR_BIN", &built.monitor),
         set("KVM_MONITOR_GUEST_INIT", &built.guest_init),
+        set("KVM_MONITOR_KVMEX", &built.kvmex),
         set("KVM_MONITOR_LAB_KERNEL", &built.kernel_dir),
         set("KVM_MONITOR_LAB_DIR", Path::new("/scratch")),
         format!("export KVM_MONITOR_LAB_ACCELERATOR=kvm\nlimit={PROGRAM_LIMIT}\n"),
