@@ -7,9 +7,11 @@ use crate::{build, process};
 /// The subcommand.
 pub(crate) fn run(args: &[String]) -> Result<()> {
     let words: Vec<_> = args.iter().map(String::as_str).collect();
-    let ["sched"] = words[..] else { bail!("bench takes the name of a benchmark: sched") };
+    let [name @ ("sched" | "kvm")] = words[..] else {
+        bail!("bench takes the name of a benchmark: sched or kvm")
+    };
     ensure!(process::is_root(), "bench needs root, because it loads kernel programs: run it with sudo");
     let mut cargo = build::host_cargo("bench")?;
-    cargo.args(["--package", "monitor", "--bench", "sched"]);
+    cargo.args(["--package", "monitor", "--bench", name]);
     process::run(&mut cargo)
 }

@@ -39,6 +39,7 @@ usage: cargo xtask SUBCOMMAND
                                the live tests (or a command) in a VM with that kernel, where KVM works; as root
   lint                         formatting, clippy, documentation, generated documents
   bench sched                  cost of the probes at a context switch, as root; prints ratios side by side
+  bench kvm                    cost of the probes at an exit and a return to user space, as root
   docs [--check]               write the generated parts of the documents, or check them
 
 KVM_MONITOR_BPF_ROUTE=rustup|distro   allow one way to a compiler for BPF only

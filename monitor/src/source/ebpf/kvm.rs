@@ -10,7 +10,9 @@ use std::{
 
 use aya::Ebpf as Object;
 use btf_rs::Btf;
-use monitor_ebpf::{ExitTable, HISTOGRAMS, KvmLayout, MODE_GUEST, MODE_HOST, MODE_UNKNOWN, VcpuExits};
+use monitor_ebpf::{
+    ExitTable, HISTOGRAMS, KvmLayout, Layout, MODE_GUEST, MODE_HOST, MODE_UNKNOWN, VcpuExits,
+};
 
 use super::{
     BTF_FILE, EbpfError,
@@ -138,6 +140,21 @@ impl Kvm {
             self.layout.set(0, kvm_layout(&layout::kernel_types(Path::new(BTF_FILE))?));
         }
         Ok(())
+    }
+
+    /// See [`super::Ebpf::pretend_exits`]: the fields are such as have the same types.
+    pub(super) fn pretend(&self, task: &Layout) {
+        self.layout.set(
+            0,
+            KvmLayout {
+                svm_vmcb: task.task_cfs_rq,
+                vmcb_exit_code: task.cfs_rq_rq,
+                vmx_exit_reason: task.task_flags,
+                halt_poll_success: task.task_sum_exec_runtime,
+                halt_poll_fail: task.task_exec_start,
+                reserved: 0,
+            },
+        );
     }
 
     /// What cannot be told on this host, and why.

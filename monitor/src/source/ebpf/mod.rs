@@ -30,7 +30,9 @@ pub use self::{
 use aya::{
     Btf, Ebpf as Object, EbpfLoader, Pod,
     maps::{Map, MapData, MapError},
-    programs::{BtfTracePoint, Iter, Program, ProgramError, RawTracePoint},
+    programs::{
+        BtfTracePoint, Iter, Program, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _,
+    },
 };
 pub use monitor_ebpf::{
     BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
@@ -352,6 +354,25 @@ impl Ebpf {
         self.kvm.as_ref()?.reasons(slot.place()?, MonotonicNs::now().0)
     }
 
+    /// For benchmarks: lets the `task_struct` of a followed thread stand for a vCPU of Intel's or AMD's, so that
+    /// [`Ebpf::rehearse`] finds a reason where a real exit would have it. Returns the arguments of `kvm_exit`. What is
+    /// counted from then on means nothing.
+    #[must_use]
+    pub fn pretend_exits(&self, slot: &Slot, isa: u32) -> Option<[u64; 3]> {
+        let kernel = layout::kernel_types(Path::new(BTF_FILE)).ok()?;
+        let layout = layout::sched(&kernel).ok()?;
+        self.kvm.as_ref()?.pretend(&layout);
+        Some([self.sched.as_ref()?.task(slot), u64::from(isa), 0])
+    }
+
+    /// For benchmarks: runs a program of the KVM group on this thread, without its tracepoint.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn rehearse(&self, program: &'static str, args: [u64; 3]) -> Result<(), EbpfError> {
+        run_raw(&self.object, program, args)
+    }
+
     /// What the probes of KVM cannot tell on this host although they are attached, and why.
     #[must_use]
     pub fn kvm_caveat(&self) -> Option<&'static str> {
@@ -505,11 +526,42 @@ impl Attaching<'_> {
     }
 }
 
-/// An attached program that does nothing: the yardstick of benchmarks.
+/// A program that does nothing: the yardstick of benchmarks.
 pub struct Yardstick(Object);
 
 impl Yardstick {
     const PROGRAM: &'static str = "bench_empty";
+    const RAW_PROGRAM: &'static str = "bench_empty_raw";
+
+    /// Loads the one for raw tracepoints, and attaches it to `kvm_userspace_exit`.
+    ///
+    /// # Errors
+    /// As [`Ebpf::open`].
+    pub fn open_raw() -> Result<Self, EbpfError> {
+        let btf = Btf::from_sys_fs().map_err(EbpfError::Btf)?;
+        let mut object =
+            EbpfLoader::new().btf(Some(&btf)).load(OBJECT).map_err(|e| EbpfError::Load(one_line(&e)))?;
+        let attach = Attach::RawTracepoint("kvm_userspace_exit");
+        let probe =
+            Probe { program: Self::RAW_PROGRAM, attach, group: ProbeGroup::Kvm, need: Need::Required };
+        self::attach(&mut object, &probe, &btf)
+            .map_err(|reason| EbpfError::Program { program: Self::RAW_PROGRAM, reason })?;
+        Ok(Self(object))
+    }
+
+    /// Runs the one for raw tracepoints on this thread.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn rehearse_raw(&self) -> Result<(), EbpfError> {
+        run_raw(&self.0, Self::RAW_PROGRAM, [0; 3])
+    }
+
+    /// Runs of the one for raw tracepoints so far, if the kernel counts them.
+    #[must_use]
+    pub fn runs_raw(&self) -> Option<ProgramRuns> {
+        runs(&self.0, Self::RAW_PROGRAM)
+    }
 
     /// Loads and attaches it.
     ///
@@ -531,6 +583,19 @@ impl Yardstick {
     pub fn runs(&self) -> Option<ProgramRuns> {
         runs(&self.0, Self::PROGRAM)
     }
+}
+
+/// Runs a program for raw tracepoints on this thread, without its tracepoint.
+fn run_raw(object: &Object, name: &'static str, args: [u64; 3]) -> Result<(), EbpfError> {
+    let failed = |e: ProgramError| EbpfError::Program { program: name, reason: program_error(&e) };
+    let Some(program) = object.program(name) else {
+        return Err(EbpfError::Program { program: name, reason: "not in the object".to_owned() });
+    };
+    let program: &RawTracePoint = program.try_into().map_err(failed)?;
+    let mut options = RawTracePointRunOptions::new();
+    options.args[..args.len()].copy_from_slice(&args);
+    program.test_run(options).map_err(failed)?;
+    Ok(())
 }
 
 /// Runs of a program; `None` unless the kernel counts them.

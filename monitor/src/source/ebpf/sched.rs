@@ -313,6 +313,11 @@ impl Sched {
         })
     }
 
+    /// Address of the thread's `task_struct`; 0 until it was seen.
+    pub(super) fn task(&self, slot: &Slot) -> u64 {
+        self.threads.get(slot.thread as usize).task
+    }
+
     /// `CLOCK_MONOTONIC` of what [`Sched::times`] says, nanoseconds.
     pub(super) fn read_at_ns(&self, slot: &Slot) -> u64 {
         self.readings.get(slot.thread as usize).read_at_ns

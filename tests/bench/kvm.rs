@@ -1,0 +1,141 @@
+//! What the probes of KVM cost per event, beside an empty program on a raw tracepoint.
+//!
+//! The kernel counts runs and time of each program (`kernel.bpf_stats_enabled`); the time contains the counting's own
+//! clock reads, which is why the empty program is measured in the same round. Exits are rehearsed: this thread runs the
+//! programs itself (`BPF_PROG_TEST_RUN`), with addresses where they find what they look for, so that it works where no guest
+//! mode is entered. Returns to user space are real ones as well. Figures of one run compare, figures of two do not.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program for a terminal"
+)]
+#![expect(clippy::cast_precision_loss, reason = "averages")]
+
+use std::{collections::BTreeMap, time::Duration};
+
+use kvmex::{Irqchip, Machine, Round};
+use monitor::{
+    source::ebpf::{Ebpf, Keep, ProgramRuns, Yardstick, probes::ProbeGroup},
+    units::Tid,
+};
+
+const ROUNDS: usize = 5;
+const RUNS: u32 = 5_000;
+const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Of the kernel's `arch/x86/kvm/trace.h`.
+const ISAS: [(u32, &str); 2] = [(1, "VMX"), (2, "SVM")];
+
+/// Switches the kernel's counting on, and back to what it was.
+struct Counting(String);
+
+impl Counting {
+    fn on() -> Self {
+        let before = std::fs::read_to_string(STATS).unwrap();
+        std::fs::write(STATS, "1").unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for Counting {
+    fn drop(&mut self) {
+        let _ = std::fs::write(STATS, self.0.trim());
+    }
+}
+
+/// Nanoseconds of each run, by what ran.
+type Figures = BTreeMap<String, Vec<f64>>;
+
+fn put(figures: &mut Figures, name: &str, before: Option<ProgramRuns>, after: Option<ProgramRuns>) {
+    let (before, after) = (before.unwrap_or(ProgramRuns { count: 0, ns: 0 }), after.unwrap());
+    let ns = (after.ns - before.ns) as f64 / (after.count - before.count) as f64;
+    figures.entry(name.to_owned()).or_default().push(ns);
+}
+
+fn runs(ebpf: &Ebpf, program: &str) -> Option<ProgramRuns> {
+    ebpf.runs().into_iter().find(|(name, _)| *name == program).map(|(_, runs)| runs)
+}
+
+fn rehearse(figures: &mut Figures) {
+    let yardstick = Yardstick::open_raw().unwrap();
+    let before = yardstick.runs_raw();
+    (0..RUNS).for_each(|_| yardstick.rehearse_raw().unwrap());
+    put(figures, "0 empty program, rehearsed", before, yardstick.runs_raw());
+    drop(yardstick);
+    for followed in [false, true] {
+        let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
+        let me = Tid(rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs());
+        let watched = Machine::new(1, Round::NONE, Irqchip::None).unwrap();
+        let tid = if followed { me } else { Tid(watched.tids()[0]) };
+        let slot = ebpf.follow(tid, Keep::TimesAndHistograms, None).unwrap();
+        ebpf.seed().unwrap();
+        let whose = if followed { "a vCPU" } else { "another thread" };
+        for (isa, isa_name) in ISAS {
+            let args = ebpf.pretend_exits(&slot, isa).unwrap();
+            let programs = ["kvm_exit", "kvm_entry"];
+            let before = programs.map(|program| runs(&ebpf, program));
+            for _ in 0..RUNS {
+                programs.iter().for_each(|program| ebpf.rehearse(program, args).unwrap());
+            }
+            for (program, before) in programs.into_iter().zip(before) {
+                let name = format!("1 {program} of {whose}, {isa_name}, rehearsed");
+                put(figures, &name, before, runs(&ebpf, program));
+            }
+        }
+        let program = "kvm_vcpu_wakeup";
+        let before = runs(&ebpf, program);
+        (0..RUNS).for_each(|_| ebpf.rehearse(program, [50_000, 1, 1]).unwrap());
+        put(figures, &format!("2 {program} of {whose}, rehearsed"), before, runs(&ebpf, program));
+    }
+}
+
+/// Real returns to user space.
+fn really(figures: &mut Figures) {
+    let machine = Machine::new(1, Round { outs: RUNS, ..Round::NONE }, Irqchip::None).unwrap();
+    let round = || {
+        machine.begin();
+        machine.end(PATIENCE).unwrap();
+    };
+    let yardstick = Yardstick::open_raw().unwrap();
+    let before = yardstick.runs_raw();
+    round();
+    put(figures, "3 empty program, real returns to user space", before, yardstick.runs_raw());
+    drop(yardstick);
+    for followed in [false, true] {
+        let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
+        let slot =
+            followed.then(|| ebpf.follow(Tid(machine.tids()[0]), Keep::TimesAndHistograms, None).unwrap());
+        let program = "kvm_userspace_exit";
+        let before = runs(&ebpf, program);
+        round();
+        let whose = if followed { "a vCPU" } else { "another thread" };
+        put(figures, &format!("4 {program} of {whose}, real"), before, runs(&ebpf, program));
+    }
+}
+
+fn main() {
+    let _counting = Counting::on();
+    let mut figures = Figures::new();
+    for round in 0..ROUNDS {
+        eprintln!("round {} of {ROUNDS}", round + 1);
+        rehearse(&mut figures);
+        really(&mut figures);
+    }
+    println!("median of {ROUNDS} rounds, in ns per run (lowest, highest), and without the empty program's");
+    let mut empty = 0.0;
+    for (name, mut values) in figures {
+        values.sort_by(f64::total_cmp);
+        let median = values[values.len() / 2];
+        if name.contains("empty") {
+            empty = median;
+        }
+        println!(
+            "{:<52} {median:>8.1} ({:.1}, {:.1}) {:>8.1}",
+            &name[2..],
+            values[0],
+            values[values.len() - 1],
+            median - empty
+        );
+    }
+}
