@@ -12,6 +12,8 @@
 #[cfg(target_arch = "bpf")]
 mod atomic;
 #[cfg(target_arch = "bpf")]
+mod block;
+#[cfg(target_arch = "bpf")]
 mod culprit;
 #[cfg(target_arch = "bpf")]
 mod kernel;

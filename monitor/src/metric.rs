@@ -217,24 +217,38 @@ metrics! {
         "Most bytes sent by the guest in any millisecond, likewise.";
     InterfaceTxBurstPackets: Interface, "tx_burst_packets_per_ms", Count, Gauge, [Ebpf], Fast,
         "Most packets sent by the guest in any millisecond, likewise.";
-    DiskRdReq: Disk, "rd_req", Count, Counter, [Libvirt], Slow,
-        "Read requests of the guest. libvirt: block.N.rd.reqs.";
-    DiskRdBytes: Disk, "rd_bytes", Bytes, Counter, [Libvirt], Slow,
-        "Bytes read by the guest. libvirt: block.N.rd.bytes.";
-    DiskRdTime: Disk, "rd_time_ns", Nanoseconds, Counter, [Libvirt], Slow,
-        "Time reads of the guest took, summed over requests. libvirt: block.N.rd.times.";
-    DiskWrReq: Disk, "wr_req", Count, Counter, [Libvirt], Slow,
-        "Write requests of the guest. libvirt: block.N.wr.reqs.";
-    DiskWrBytes: Disk, "wr_bytes", Bytes, Counter, [Libvirt], Slow,
-        "Bytes written by the guest. libvirt: block.N.wr.bytes.";
-    DiskWrTime: Disk, "wr_time_ns", Nanoseconds, Counter, [Libvirt], Slow,
-        "Time writes of the guest took, summed over requests. libvirt: block.N.wr.times.";
-    DiskFlReq: Disk, "fl_req", Count, Counter, [Libvirt], Slow,
-        "Flush requests of the guest. libvirt: block.N.fl.reqs.";
-    DiskFlTime: Disk, "fl_time_ns", Nanoseconds, Counter, [Libvirt], Slow,
-        "Time flushes of the guest took, summed over requests. libvirt: block.N.fl.times.";
-    DiskErrs: Disk, "errs", Count, Counter, [Libvirt], Slow,
-        "Failed requests, where the hypervisor counts them (QEMU does not). libvirt: block.N.errors.";
+    DiskRdReq: Disk, "rd_req", Count, Counter, [Ebpf, Libvirt], Slow,
+        "Read requests. libvirt: the guest's, block.N.rd.reqs. ebpf: QEMU's on the disk's images, since attach.";
+    DiskRdBytes: Disk, "rd_bytes", Bytes, Counter, [Ebpf, Libvirt], Slow,
+        "Bytes read. libvirt: by the guest, block.N.rd.bytes. ebpf: by QEMU from the disk's images.";
+    DiskRdTime: Disk, "rd_time_ns", Nanoseconds, Counter, [Ebpf, Libvirt], Slow,
+        "Time reads took, summed over requests. libvirt: the guest's, block.N.rd.times, throttling included. ebpf: QEMU's, on the host.";
+    DiskWrReq: Disk, "wr_req", Count, Counter, [Ebpf, Libvirt], Slow,
+        "Write requests. libvirt: the guest's, block.N.wr.reqs. ebpf: QEMU's on the disk's images, since attach.";
+    DiskWrBytes: Disk, "wr_bytes", Bytes, Counter, [Ebpf, Libvirt], Slow,
+        "Bytes written. libvirt: by the guest, block.N.wr.bytes. ebpf: by QEMU to the disk's images.";
+    DiskWrTime: Disk, "wr_time_ns", Nanoseconds, Counter, [Ebpf, Libvirt], Slow,
+        "Time writes took, summed over requests. libvirt: the guest's, block.N.wr.times, throttling included. ebpf: QEMU's, on the host.";
+    DiskFlReq: Disk, "fl_req", Count, Counter, [Ebpf, Libvirt], Slow,
+        "Flush requests. libvirt: the guest's, block.N.fl.reqs. ebpf: QEMU's; it leaves out those with nothing to flush.";
+    DiskFlTime: Disk, "fl_time_ns", Nanoseconds, Counter, [Ebpf, Libvirt], Slow,
+        "Time flushes took, summed over requests. libvirt: the guest's, block.N.fl.times. ebpf: QEMU's, on the host.";
+    DiskErrs: Disk, "errs", Count, Counter, [Ebpf, Libvirt], Slow,
+        "Failed requests. libvirt: block.N.errors, where the hypervisor counts them (QEMU does not). ebpf: of QEMU on the host; errors has them by error number.";
+    DiskInflight: Disk, "inflight", Count, Gauge, [Ebpf], Slow,
+        "Requests of QEMU on the disk's images that are not answered yet.";
+    DiskDiscardReq: Disk, "discard_req", Count, Counter, [Ebpf], Slow,
+        "Ranges that QEMU gave back to the host: holes punched, device discards.";
+    DiskDiscardBytes: Disk, "discard_bytes", Bytes, Counter, [Ebpf], Slow,
+        "Bytes that QEMU gave back to the host.";
+    DiskZeroReq: Disk, "zero_req", Count, Counter, [Ebpf], Slow,
+        "Ranges that QEMU had the host zero without writing them.";
+    DiskZeroBytes: Disk, "zero_bytes", Bytes, Counter, [Ebpf], Slow,
+        "Bytes that QEMU had the host zero without writing them.";
+    DiskOpenReq: Disk, "qemu_open_req", Count, Counter, [Ebpf], Slow,
+        "Reads by which QEMU probed an image with direct I/O when it opened it; in no other figure.";
+    DiskOpenBytes: Disk, "qemu_open_bytes", Bytes, Counter, [Ebpf], Slow,
+        "Bytes asked for by those reads.";
     DiskCapacity: Disk, "capacity_bytes", Bytes, Gauge, [Libvirt], Slow,
         "Size of the disk as the guest sees it. libvirt: block.N.capacity.";
     DiskAllocation: Disk, "allocation_bytes", Bytes, Gauge, [Libvirt], Slow,

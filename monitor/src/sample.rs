@@ -176,6 +176,19 @@ pub struct QueueDetail {
     pub sent_bytes: u64,
 }
 
+/// What a sample says of a disk beside its metrics; gone once it is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DiskDetail {
+    /// Times of reads that ended since the last histogram, as `[from, to, count]`, nanoseconds.
+    pub rd_hist: Option<Vec<[u64; 3]>>,
+    /// Times of writes, likewise.
+    pub wr_hist: Option<Vec<[u64; 3]>>,
+    /// Times of flushes, likewise.
+    pub fl_hist: Option<Vec<[u64; 3]>>,
+    /// Failed requests by error number, 0 for all that are not told apart; none if none failed.
+    pub errors: Vec<(u32, u64)>,
+}
+
 /// Who had a CPU that a vCPU waited for.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
 pub struct PreemptedBy {
@@ -231,6 +244,8 @@ pub struct DomainSample {
     pub interface_details: Vec<InterfaceDetail>,
     /// In the order of the domain's disks.
     pub disks: Vec<Values>,
+    /// What is known of the disks beside numbers, in the same order.
+    pub disk_details: Vec<DiskDetail>,
     /// Wall-clock second at which the guest last reported its memory (libvirt's `balloon.last-update`).
     pub balloon_updated_s: Option<u64>,
 }
@@ -248,6 +263,7 @@ impl DomainSample {
             interfaces: vec![Values::new(Scope::Interface); interfaces],
             interface_details: vec![InterfaceDetail::default(); interfaces],
             disks: vec![Values::new(Scope::Disk); disks],
+            disk_details: vec![DiskDetail::default(); disks],
             balloon_updated_s: None,
         }
     }
@@ -279,6 +295,7 @@ impl DomainSample {
         }
         self.vcpu_details.fill(VcpuDetail::default());
         self.interface_details.fill(InterfaceDetail::default());
+        self.disk_details.fill(DiskDetail::default());
     }
 
     /// Forgets all values: counters start anew (a new epoch).
@@ -288,6 +305,7 @@ impl DomainSample {
         self.balloon_updated_s = None;
         self.vcpu_details.fill(VcpuDetail::default());
         self.interface_details.fill(InterfaceDetail::default());
+        self.disk_details.fill(DiskDetail::default());
     }
 
     fn each(&mut self, mut f: impl FnMut(&mut Values)) {

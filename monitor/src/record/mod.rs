@@ -110,7 +110,8 @@ pub struct SourceInfo {
 pub struct ProbeInfo {
     /// Its name.
     pub name: &'static str,
-    /// `attached`, `waiting` (what it hangs on is not there yet; it is attached later), `failed` or `off`.
+    /// `attached`, `waiting` (what it hangs on is not there yet; it is attached later), `ready` (attached while a disk
+    /// needs it), `failed` or `off`.
     pub state: &'static str,
     /// If it is not attached: why, and what is lost.
     #[serde(skip_serializing_if = "Option::is_none")]

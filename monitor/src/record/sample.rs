@@ -13,7 +13,7 @@ use crate::{
     inventory,
     metric::{Kind, Metric, MetricDef},
     model::{self, rate},
-    sample::{DomainSample, InterfaceDetail, ReadClass, Values},
+    sample::{DiskDetail, DomainSample, InterfaceDetail, ReadClass, Values},
     source::ebpf::ExitReason,
     units::{MonotonicNs, SourceKind, Window},
 };
@@ -297,7 +297,7 @@ fn serialize_entities<S: Serializer, T>(
 enum Identity<'a> {
     Vcpu { vcpu: u32, tid: Option<u32>, place: usize },
     Device { interface: &'a inventory::Interface, place: usize },
-    Target(&'a str),
+    Target { target: &'a str, place: usize },
 }
 
 struct Entity<'a> {
@@ -317,7 +317,7 @@ impl Serialize for Entity<'_> {
                 }
             }
             Identity::Device { interface, .. } => serialize_interface_identity::<S>(&mut map, interface)?,
-            Identity::Target(target) => map.serialize_entry("target", target)?,
+            Identity::Target { target, .. } => map.serialize_entry("target", target)?,
         }
         serialize_values::<S>(&mut map, self.values, self.sample)?;
         if let Identity::Device { place, .. } = self.who {
@@ -345,6 +345,9 @@ impl Serialize for Entity<'_> {
             if let Some(state) = detail.state {
                 map.serialize_entry("state", state)?;
             }
+        }
+        if let Identity::Target { place, .. } = self.who {
+            serialize_disk_detail::<S>(&mut map, &self.sample.disk_details[place])?;
         }
         map.end()
     }
@@ -409,6 +412,88 @@ fn serialize_interface_detail<S: Serializer>(
     Ok(())
 }
 
+fn serialize_disk_detail<S: Serializer>(
+    map: &mut S::SerializeMap,
+    detail: &DiskDetail,
+) -> Result<(), S::Error> {
+    let histograms = [
+        ("rd_latency_ns", "rd_latency_hist_ns", &detail.rd_hist),
+        ("wr_latency_ns", "wr_latency_hist_ns", &detail.wr_hist),
+        ("fl_latency_ns", "fl_latency_hist_ns", &detail.fl_hist),
+    ];
+    for (summary, name, histogram) in histograms {
+        let Some(histogram) = histogram else { continue };
+        if let Some(latency) = latency(histogram) {
+            map.serialize_entry(summary, &latency)?;
+        }
+        map.serialize_entry(name, histogram)?;
+    }
+    if !detail.errors.is_empty() {
+        let named: BTreeMap<_, _> = detail.errors.iter().map(|(errno, n)| (errno_name(*errno), n)).collect();
+        map.serialize_entry("errors", &named)?;
+    }
+    Ok(())
+}
+
+/// What a latency histogram says at a glance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+pub(super) struct Latency {
+    /// Half of the requests took no longer, nanoseconds. Like the others the upper end of a bucket: up to 6.25 % more
+    /// than the exact value, never less.
+    pub p50: u64,
+    /// 95 % of the requests took no longer.
+    pub p95: u64,
+    /// 99 % of the requests took no longer.
+    pub p99: u64,
+    /// None took longer.
+    pub max: u64,
+}
+
+/// `None` if there was no request, or one beyond the last bucket, whose length is not known.
+fn latency(histogram: &[[u64; 3]]) -> Option<Latency> {
+    let total: u64 = histogram.iter().map(|[.., count]| count).sum();
+    let max = histogram.last().map(|[_, high, _]| *high).filter(|high| *high != u64::MAX)?;
+    let at_most = |percent: u64| {
+        let rank = (total * percent).div_ceil(100);
+        let mut below = 0;
+        histogram.iter().find(|[.., count]| {
+            below += count;
+            below >= rank
+        })
+    };
+    let high = |percent| at_most(percent).map(|[_, high, _]| *high);
+    Some(Latency { p50: high(50)?, p95: high(95)?, p99: high(99)?, max })
+}
+
+/// As errno(3) names it; the number where it is none that disks give.
+fn errno_name(errno: u32) -> String {
+    let name = match errno {
+        0 => "other",
+        5 => "EIO",
+        6 => "ENXIO",
+        9 => "EBADF",
+        12 => "ENOMEM",
+        14 => "EFAULT",
+        16 => "EBUSY",
+        19 => "ENODEV",
+        22 => "EINVAL",
+        27 => "EFBIG",
+        28 => "ENOSPC",
+        30 => "EROFS",
+        61 => "ENODATA",
+        67 => "ENOLINK",
+        84 => "EILSEQ",
+        95 => "EOPNOTSUPP",
+        110 => "ETIMEDOUT",
+        116 => "ESTALE",
+        121 => "EREMOTEIO",
+        122 => "EDQUOT",
+        125 => "ECANCELED",
+        _ => return format!("errno_{errno}"),
+    };
+    name.to_owned()
+}
+
 fn serialize_vcpus<S: Serializer>(of: &Entities<'_, inventory::Vcpu>, to: S) -> Result<S::Ok, S::Error> {
     serialize_entities(of, to, |place, v| Identity::Vcpu { vcpu: v.index.0, tid: v.tid.map(|t| t.0), place })
 }
@@ -421,5 +506,20 @@ fn serialize_interfaces<S: Serializer>(
 }
 
 fn serialize_disks<S: Serializer>(of: &Entities<'_, inventory::Disk>, to: S) -> Result<S::Ok, S::Error> {
-    serialize_entities(of, to, |_, d| Identity::Target(&d.target))
+    serialize_entities(of, to, |place, d| Identity::Target { target: &d.target, place })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_upper_ends_of_buckets() {
+        let one = latency(&[[64, 68, 1]]).unwrap();
+        assert_eq!((one.p50, one.p95, one.p99, one.max), (68, 68, 68, 68));
+        let many = latency(&[[64, 68, 50], [68, 72, 45], [128, 136, 4], [1024, 1088, 1]]).unwrap();
+        assert_eq!((many.p50, many.p95, many.p99, many.max), (68, 72, 136, 1088));
+        assert_eq!(latency(&[]), None);
+        assert_eq!(latency(&[[1 << 37, u64::MAX, 1]]), None);
+    }
 }

@@ -128,17 +128,18 @@ pub(super) fn memory(_: &mut SchemaGenerator) -> Schema {
     entity_schema(Scope::Memory, &[], &derived)
 }
 
-pub(super) fn vcpus(generator: &mut SchemaGenerator) -> Schema {
-    let number = json_schema!({ "type": "integer", "minimum": 0 });
+fn histogram(of: &str) -> Schema {
     let bucket = json_schema!({
         "type": "array", "items": { "type": "integer", "minimum": 0 }, "minItems": 3, "maxItems": 3
     });
-    let histogram = |of: &str| {
-        json_schema!({
-            "type": "array", "items": bucket.clone().to_value(),
-            "description": format!("Lengths of {of} that ended since the last histogram: [from, to, count], ns.")
-        })
-    };
+    json_schema!({
+        "type": "array", "items": bucket.to_value(),
+        "description": format!("Lengths of {of} that ended since the last histogram: [from, to, count], ns.")
+    })
+}
+
+pub(super) fn vcpus(generator: &mut SchemaGenerator) -> Schema {
+    let number = json_schema!({ "type": "integer", "minimum": 0 });
     let reasons = |what: &str, properties: Value, required: Value| {
         json_schema!({
             "type": "object", "description": format!("{what}, by the kernel's names, since the thread is followed."),
@@ -199,8 +200,24 @@ pub(super) fn interfaces(generator: &mut SchemaGenerator) -> Schema {
     array_of(entity_schema(Scope::Interface, &[], &derived))
 }
 
-pub(super) fn disks(_: &mut SchemaGenerator) -> Schema {
-    array_of(entity_schema(Scope::Disk, &[("target", json_schema!({ "type": "string" }))], &[]))
+pub(super) fn disks(generator: &mut SchemaGenerator) -> Schema {
+    let latency = generator.subschema_for::<super::sample::Latency>();
+    let derived = [
+        ("rd_latency_ns", latency.clone()),
+        ("rd_latency_hist_ns", histogram("reads")),
+        ("wr_latency_ns", latency.clone()),
+        ("wr_latency_hist_ns", histogram("writes")),
+        ("fl_latency_ns", latency),
+        ("fl_latency_hist_ns", histogram("flushes")),
+        (
+            "errors",
+            json_schema!({
+                "type": "object", "additionalProperties": { "type": "integer", "minimum": 1 },
+                "description": "Failed requests of QEMU on the disk's images by error number, since attach."
+            }),
+        ),
+    ];
+    array_of(entity_schema(Scope::Disk, &[("target", json_schema!({ "type": "string" }))], &derived))
 }
 
 fn array_of(items: Schema) -> Schema {

@@ -66,6 +66,36 @@ pub struct ProgramRuns {
     pub ns: u64,
 }
 
+#[path = "ebpf/images.rs"]
+mod images;
+pub use images::{
+    Aio, BLOCK_DEVICE, FLUSH, Hook, Image, ImageHistograms, ImageKey, ImageKind, Opened, Operation, Plan,
+    READ, WRITE,
+};
+
+/// There is none.
+#[derive(Debug)]
+pub enum ImageSlot {}
+
+impl ImageSlot {
+    /// None exists.
+    #[must_use]
+    pub fn plan(&self) -> Plan {
+        match *self {}
+    }
+}
+
+/// An image cannot be watched.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotWatched {
+    /// Always.
+    #[error("this program was built without kernel probes")]
+    Off,
+    /// Never.
+    #[error("no probe sees its requests")]
+    Unseen,
+}
+
 #[path = "ebpf/times.rs"]
 mod times;
 pub use times::{Doing, Happened, ProcessTimes, ThreadTimes, Torn};
@@ -210,6 +240,12 @@ impl Ebpf {
     }
 
     /// None exists.
+    #[must_use]
+    pub fn can(&self, _: Hook) -> bool {
+        match *self {}
+    }
+
+    /// None exists.
     ///
     /// # Errors
     /// None.
@@ -257,6 +293,31 @@ impl Ebpf {
     /// None exists.
     #[must_use]
     pub fn drop_reason(&self, _: u32) -> String {
+        match *self {}
+    }
+
+    /// None exists.
+    ///
+    /// # Errors
+    /// None.
+    pub fn watch_image(&mut self, _: ImageKey, _: Plan) -> Result<ImageSlot, NotWatched> {
+        match *self {}
+    }
+
+    /// None exists.
+    pub fn unwatch_image(&mut self, _: ImageSlot) -> Option<(Image, Option<ImageHistograms>)> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn image(&self, _: &ImageSlot) -> Option<Image> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn image_histograms(&self, _: &ImageSlot) -> Option<ImageHistograms> {
         match *self {}
     }
 }

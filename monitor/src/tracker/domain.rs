@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use super::{
     classes::Classes,
+    disks::Disks,
     nics::{Nic, is_same},
 };
 use crate::{
@@ -11,11 +12,11 @@ use crate::{
     ledger::{Ledger, Parts, new_in_histogram},
     metric::{Metric, Scope},
     record::Subject,
-    sample::{CulpritKind, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail},
+    sample::{CulpritKind, DiskDetail, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail},
     source::{
         ebpf::{
-            Culprit, Ebpf, GroupSlot, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL, KIND_PROCESS, KvmFigures,
-            NicSlot, ProcessSlot, ProcessTimes, Slot, ThreadTimes, Torn,
+            Culprit, Ebpf, GroupSlot, Histograms, ImageSlot, KIND_IDLE, KIND_IRQ, KIND_KERNEL, KIND_PROCESS,
+            KvmFigures, NicSlot, ProcessSlot, ProcessTimes, Slot, ThreadTimes, Torn,
         },
         libvirt::{
             Duty,
@@ -56,6 +57,7 @@ pub struct Tracked {
     pub(super) task_ids: Vec<u32>,
     pub(super) followed_since: Option<MonotonicNs>,
     histograms_at: Option<MonotonicNs>,
+    pub(super) disks: Disks,
 }
 
 /// What followed a domain in the kernel.
@@ -65,6 +67,7 @@ pub(super) struct Slots {
     pub(super) processes: Vec<ProcessSlot>,
     pub(super) group: Option<GroupSlot>,
     pub(super) nics: Vec<NicSlot>,
+    pub(super) images: Vec<ImageSlot>,
 }
 
 /// What reads one vCPU thread; in the order of `domain.vcpus`.
@@ -101,6 +104,7 @@ impl Tracked {
             task_ids: Vec::new(),
             followed_since: None,
             histograms_at: None,
+            disks: Disks::default(),
         }
     }
 
@@ -140,6 +144,8 @@ impl Tracked {
         sample.interfaces = carry(interfaces, &new.interfaces, Scope::Interface, is_same);
         let disks = (old.disks.as_slice(), sample.disks.as_slice());
         sample.disks = carry(disks, &new.disks, Scope::Disk, |a, b| a.target == b.target);
+        sample.disk_details = vec![DiskDetail::default(); new.disks.len()];
+        self.disks.described();
         let changed = *old != new;
         self.domain = new;
         changed
@@ -169,6 +175,7 @@ impl Tracked {
             processes: std::mem::take(&mut self.processes),
             group: self.group.take(),
             nics: self.take_nic_slots(),
+            images: self.disks.take_slots(),
         }
     }
 
@@ -193,7 +200,8 @@ impl Tracked {
     /// Returns how many readings were discarded because they cannot be.
     pub(super) fn put_ebpf(&mut self, ebpf: &mut Ebpf, window: Window, names: &Names) -> u64 {
         let nics = self.nics.iter().any(|nic| nic.slot.is_some());
-        if !nics && self.processes.is_empty() && self.threads.iter().all(|t| t.slot.is_none()) {
+        let threads = self.threads.iter().any(|thread| thread.slot.is_some());
+        if !nics && !threads && self.processes.is_empty() && self.disks.are_unwatched() {
             return 0;
         }
         self.sample.begin(ReadClass::Ebpf);
@@ -233,6 +241,13 @@ impl Tracked {
         lost += self.put_processes(ebpf);
         lost += clock.map_or(0, |clock| self.put_costop(ebpf, clock));
         self.put_nics(ebpf, window.end, with_histograms);
+        let disks = self.sample.disks.iter_mut().zip(&mut self.sample.disk_details);
+        for (disk, (values, detail)) in self.domain.disks.iter().zip(disks) {
+            lost += self.disks.put(ebpf, &disk.target, (values, detail));
+            if with_histograms {
+                self.disks.put_histograms(ebpf, &disk.target, detail);
+            }
+        }
         self.sample.end(ReadClass::Ebpf, window);
         lost
     }

@@ -4,6 +4,7 @@
 //! Decides nothing about time or output: `run` says when to look, and writes the [`Notice`]s.
 
 mod classes;
+mod disks;
 mod domain;
 mod nics;
 
@@ -189,6 +190,7 @@ impl Tracker {
         for i in 0..self.domains.len() {
             self.look_at_threads(i);
             self.look_at_interfaces(i);
+            self.look_at_disks(i);
         }
         self.seed();
         match self.ebpf.as_mut().map_or(Ok(None), Ebpf::look) {
@@ -229,6 +231,7 @@ impl Tracker {
         }
         self.look_at_threads(i);
         self.look_at_interfaces(i);
+        self.look_at_disks(i);
         self.changed(i, "QEMU process found");
     }
 
@@ -256,6 +259,7 @@ impl Tracker {
             self.changed(i, "described by libvirt");
         }
         self.look_at_interfaces(i);
+        self.look_at_disks(i);
     }
 
     /// libvirt no longer lists a domain. If its QEMU is known, its end is what counts: libvirt may have lost track of
@@ -291,8 +295,28 @@ impl Tracker {
             slots.threads.into_iter().for_each(|slot| ebpf.forget(slot));
             slots.processes.into_iter().for_each(|slot| ebpf.forget_process(slot));
             slots.group.into_iter().for_each(|slot| ebpf.forget_group(slot));
+            for slot in slots.images {
+                ebpf.unwatch_image(slot); // What it counted goes with the domain.
+            }
         }
         self.unwatch(slots.nics);
+    }
+
+    /// Looks for images of the disks that came or went, cheaply where nothing did.
+    fn look_at_disks(&mut self, i: usize) {
+        let Some(ebpf) = &mut self.ebpf else { return };
+        let tracked = &mut self.domains[i];
+        let Some(process) = tracked.domain.process else { return };
+        let place = disks::Place { root: &self.root, process, disks: &tracked.domain.disks };
+        match tracked.disks.look(ebpf, place) {
+            Ok(notices) => {
+                for notice in notices {
+                    self.notice_event(i, EventKind::LostEvents, &notice);
+                }
+            }
+            Err(error) if error.is_gone() => {} // The next look reports the end.
+            Err(error) => self.count(SourceKind::Procfs).failed(&error),
+        }
     }
 
     fn changed(&mut self, i: usize, reason: &str) {

@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use btf_rs::{Btf, Type};
-use monitor_ebpf::{Layout, NO_FIELD, NetLayout};
+use monitor_ebpf::{BlockLayout, Layout, NO_CALL, NO_FIELD, NetLayout};
 
 /// Why an offset could not be found.
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +145,105 @@ fn drop_reason_names(btf: &Btf) -> Result<Option<BTreeMap<u32, String>>, btf_rs:
         }
     }
     Ok((!names.is_empty()).then_some(names))
+}
+
+/// Finds what the disk programs need. What a kernel lacks is 0 there: the program that needs it cannot be loaded, or user
+/// space does not ask for it.
+///
+/// # Errors
+/// If a structure lacks a field that every image needs; the message names it.
+pub fn block(btf: &Btf) -> Result<BlockLayout, LayoutError> {
+    let at = |structure, field| offset(btf, structure, field);
+    let maybe = |structure, field| match offset(btf, structure, field) {
+        Err(LayoutError::NoField { .. }) => Ok(0),
+        found => found,
+    };
+    Ok(BlockLayout {
+        kiocb_file: at("kiocb", "ki_filp")?,
+        kiocb_complete: at("kiocb", "ki_complete")?,
+        iter_count: at("iov_iter", "count")?,
+        iter_data_source: maybe("iov_iter", "data_source")?,
+        file_inode: at("file", "f_inode")?,
+        inode_number: at("inode", "i_ino")?,
+        inode_sb: at("inode", "i_sb")?,
+        inode_mode: at("inode", "i_mode")?,
+        inode_rdev: at("inode", "i_rdev")?,
+        sb_dev: at("super_block", "s_dev")?,
+        bio_bdev: at("bio", "bi_bdev")?,
+        bio_opf: at("bio", "bi_opf")?,
+        bio_status: at("bio", "bi_status")?,
+        bio_size: at("bio", "bi_iter.bi_size")?,
+        bdev_dev: at("block_device", "bd_dev")?,
+        preflush: 1 << enumerator(btf, "req_flag_bits", "__REQ_PREFLUSH")?,
+        uring_opcode: maybe("io_kiocb", "opcode")?,
+        uring_fd: maybe("io_kiocb", "cqe.fd")?,
+        cqe_res: maybe("io_uring_cqe", "res")?,
+        uring_complete_has_cqe: u32::from(
+            tracepoint_arguments(btf, "btf_trace_io_uring_complete")? == Some(3),
+        ),
+        task_files: at("task_struct", "files")?,
+        files_fdt: at("files_struct", "fdt")?,
+        fdt_max: at("fdtable", "max_fds")?,
+        fdt_fd: at("fdtable", "fd")?,
+        call_arguments: call_arguments(btf)?,
+        calls: CALLS,
+    })
+}
+
+/// In the order of `CALL_…`.
+const CALLS: [u32; monitor_ebpf::CALLS] = [
+    call(libc::SYS_pread64),
+    call(libc::SYS_pwrite64),
+    call(libc::SYS_preadv),
+    call(libc::SYS_pwritev),
+    call(libc::SYS_fdatasync),
+    call(libc::SYS_fsync),
+    call(libc::SYS_fallocate),
+];
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked")]
+const fn call(number: libc::c_long) -> u32 {
+    if number < 0 || number >= NO_CALL as libc::c_long { NO_CALL } else { number as u32 }
+}
+
+/// Where `struct pt_regs` has the first four arguments of a system call.
+fn call_arguments(btf: &Btf) -> Result<[u32; 4], LayoutError> {
+    let at = |field| offset(btf, "pt_regs", field);
+    if cfg!(target_arch = "aarch64") {
+        let first = at("regs")?;
+        return Ok([first, first + 8, first + 16, first + 24]);
+    }
+    Ok([at("di")?, at("si")?, at("dx")?, at("r10")?])
+}
+
+/// The value of one enumerator.
+fn enumerator(btf: &Btf, of: &'static str, name: &'static str) -> Result<u32, LayoutError> {
+    for found in btf.resolve_types_by_name(of)? {
+        let Type::Enum(found) = found else { continue };
+        for member in &found.members {
+            if btf.resolve_name(member)? == name {
+                return Ok(member.val());
+            }
+        }
+    }
+    Err(LayoutError::NoField { structure: of, field: name })
+}
+
+/// How many arguments a tracepoint gives its programs (the first parameter of the type is not one); `None` if there is
+/// no such tracepoint.
+fn tracepoint_arguments(btf: &Btf, of: &'static str) -> Result<Option<usize>, LayoutError> {
+    let found = match btf.resolve_types_by_name(of) {
+        Ok(found) => found,
+        Err(_) => return Ok(None),
+    };
+    for found in found {
+        let Type::Typedef(found) = found else { continue };
+        let Type::Ptr(pointer) = btf.resolve_chained_type(&found)? else { continue };
+        if let Type::FuncProto(of) = btf.resolve_chained_type(&pointer)? {
+            return Ok(Some(of.parameters.len().saturating_sub(1)));
+        }
+    }
+    Ok(None)
 }
 
 /// The byte offset of `field`, a path of member names joined by dots, inside `structure`.

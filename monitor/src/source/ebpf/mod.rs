@@ -4,8 +4,10 @@
 //! [`monitor_ebpf::READ_BATCH`] threads brings the intervals in progress up to date. Knows neither domains nor
 //! output.
 
+mod block;
 mod exit_names;
 mod exits;
+mod images;
 mod kvm;
 pub mod layout;
 mod mapped;
@@ -19,8 +21,13 @@ mod traffic;
 use std::{io, os::fd::OwnedFd, path::Path};
 
 pub use self::{
+    block::{ImageSlot, NotWatched},
     exit_names::{exit_name, userspace_name},
     exits::{ExitReason, ExitReasons, KvmFigures},
+    images::{
+        Aio, BLOCK_DEVICE, FLUSH, Hook, Image, ImageHistograms, ImageKey, ImageKind, Opened, Operation, Plan,
+        READ, WRITE,
+    },
     net::NicSlot,
     process::ProcessSlot,
     sched::{GroupSlot, Keep, NotFollowed, Slot},
@@ -38,9 +45,12 @@ pub use monitor_ebpf::{
     BUCKETS, CLASSES, Charges, Culprit, Histogram, Histograms, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
     KIND_PROCESS, WINDOW_BUCKETS, bucket_range, class_of,
 };
-use monitor_ebpf::{CPUS, HISTOGRAMS, Layout, NICS, NetLayout, Nodes, PROCESSES, READ_BATCH, THREADS};
+use monitor_ebpf::{
+    BlockLayout, CPUS, HISTOGRAMS, Layout, NICS, NetLayout, Nodes, PROCESSES, READ_BATCH, THREADS,
+};
 
 use self::{
+    block::Block,
     kvm::Kvm,
     layout::LayoutError,
     mapped::Mapped,
@@ -117,6 +127,7 @@ pub struct Ebpf {
     processes: Option<Processes>,
     kvm: Option<Kvm>,
     net: Option<Net>,
+    block: Option<Block>,
 }
 
 #[repr(transparent)]
@@ -128,6 +139,8 @@ unsafe impl Pod for Wire<Layout> {}
 unsafe impl Pod for Wire<Nodes> {}
 // SAFETY: so is `NetLayout`.
 unsafe impl Pod for Wire<NetLayout> {}
+// SAFETY: `BlockLayout` likewise.
+unsafe impl Pod for Wire<BlockLayout> {}
 
 impl Ebpf {
     /// Loads and attaches the programs of the groups.
@@ -142,6 +155,7 @@ impl Ebpf {
         let cpus = aya::util::nr_cpus().ok().and_then(|n| u32::try_from(n).ok()).unwrap_or(1);
         let net = layout::net(&kernel, cpus);
         let reasons = layout::drop_reasons(&kernel);
+        let block = layout::block(&kernel);
         let btf = Btf::from_sys_fs().map_err(EbpfError::Btf)?;
         let mut loader = EbpfLoader::new();
         let sched_layout = sched.as_ref().ok().copied().map(Wire);
@@ -160,13 +174,18 @@ impl Ebpf {
             loader.override_global("NET_LAYOUT", layout, true);
         }
         loader.map_max_entries("NIC_CELLS", NICS * cpus);
+        let block_layout = block.as_ref().ok().copied().map(Wire);
+        if let Some(layout) = &block_layout {
+            loader.override_global("BLOCK_LAYOUT", layout, true);
+        }
         let mut object = loader.btf(Some(&btf)).load(OBJECT).map_err(|e| EbpfError::Load(one_line(&e)))?;
         let mut this = Attaching { object: &mut object, btf: &btf, groups, states: Vec::new() };
         let with_sched = this.attach(ProbeGroup::Sched, sched.map(drop))?;
         let with_kvm = this.attach_kvm(with_sched)?;
         let with_net = this.attach(ProbeGroup::Net, net.map(drop))?;
+        let with_block = this.attach(ProbeGroup::Block, block.map(drop))?;
         let states = this.states;
-        if !states.iter().any(|(_, state)| *state == ProbeState::Attached) {
+        if !states.iter().any(|(_, state)| matches!(state, ProbeState::Attached | ProbeState::Ready)) {
             let refused = states.into_iter().find_map(|(_, state)| match state {
                 ProbeState::Failed(reason) => Some(reason),
                 _ => None,
@@ -182,7 +201,8 @@ impl Ebpf {
         };
         let with = With { wire: runs("net_dev_start_xmit"), drops: runs("kfree_skb") };
         let net = if with_net { Some(Net::new(&object, cpus, with, reasons)?) } else { None };
-        let mut this = Self { object, states, sched, processes, kvm, net };
+        let block = if with_block { Some(Block::new(&object, &states)?) } else { None };
+        let mut this = Self { object, states, sched, processes, kvm, net, block };
         if let Some(sched) = &mut this.sched {
             sched.compare_clocks();
         }
@@ -467,6 +487,38 @@ impl Ebpf {
     pub fn drop_reason(&self, reason: u32) -> String {
         self.net.as_ref().map_or_else(|| reason.to_string(), |net| net.reason_name(reason))
     }
+
+    /// Whether the kernel has what a hook on disks needs.
+    #[must_use]
+    pub fn can(&self, hook: Hook) -> bool {
+        self.block.as_ref().is_some_and(|block| block.can(hook))
+    }
+
+    /// Begins to count the requests of a process on an image.
+    ///
+    /// # Errors
+    /// If the disk probes do not run, none of them sees this image, or the kernel tables have no room. Where only the
+    /// histograms have none, the rest is kept.
+    pub fn watch_image(&mut self, key: ImageKey, plan: Plan) -> Result<ImageSlot, NotWatched> {
+        self.block.as_mut().ok_or(NotWatched::Off)?.watch(&mut self.object, key, plan)
+    }
+
+    /// Stops counting; returns what was counted in the end. `None` where the disk probes do not run.
+    pub fn unwatch_image(&mut self, slot: ImageSlot) -> Option<(Image, Option<ImageHistograms>)> {
+        Some(self.block.as_mut()?.unwatch(&mut self.object, slot))
+    }
+
+    /// What was counted for an image since it is watched.
+    #[must_use]
+    pub fn image(&self, slot: &ImageSlot) -> Option<Image> {
+        Some(self.block.as_ref()?.image(slot))
+    }
+
+    /// The latencies of its requests since then, if they are kept. Counts are modulo 2³².
+    #[must_use]
+    pub fn image_histograms(&self, slot: &ImageSlot) -> Option<ImageHistograms> {
+        self.block.as_ref()?.image_histograms(slot)
+    }
 }
 
 /// The object while its programs are attached, group by group.
@@ -494,7 +546,7 @@ impl Attaching<'_> {
         let mut states = Vec::new();
         for probe in probes() {
             match attach(self.object, probe, self.btf) {
-                Ok(()) => states.push((*probe, ProbeState::Attached)),
+                Ok(()) => states.push((*probe, probe.attach.attained())),
                 Err(reason) if probe.need == Need::Required => {
                     for (attached, _) in &states {
                         detach(self.object, attached)?;
@@ -619,6 +671,8 @@ fn attach(object: &mut Object, probe: &Probe, btf: &Btf) -> Result<(), String> {
             program.load().map_err(error)?;
             program.attach(name).map_err(error)?;
         }
+        Attach::OnDemand(names) => load_first(program, names, btf)?,
+        Attach::OnDemandDear(name) => load_first(program, &[name], btf)?,
         Attach::Iterator(of) => {
             let program: &mut Iter = program.try_into().map_err(error)?;
             program.load(of, btf).map_err(error)?;
@@ -629,6 +683,19 @@ fn attach(object: &mut Object, probe: &Probe, btf: &Btf) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Loads a program for the first of these tracepoints that the kernel has.
+fn load_first(program: &mut Program, names: &[&str], btf: &Btf) -> Result<(), String> {
+    let program: &mut BtfTracePoint = program.try_into().map_err(|e: ProgramError| program_error(&e))?;
+    let mut reasons = Vec::new();
+    for name in names {
+        match program.load(name, btf) {
+            Ok(()) => return Ok(()),
+            Err(error) => reasons.push(program_error(&error)),
+        }
+    }
+    Err(reasons.join("; "))
 }
 
 /// Unloads a program, which detaches it.

@@ -3,6 +3,8 @@
 //! Finding uses the `procfs` crate. The files read at every tick are kept open and read with `pread`, without
 //! allocating. The root directory is an argument, so that tests can hand over a made-up tree.
 
+pub mod images;
+
 use std::{
     collections::HashMap,
     fs::File,

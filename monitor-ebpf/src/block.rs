@@ -1,0 +1,582 @@
+//! Requests of watched processes on watched images: counts, bytes, latencies, errors.
+//!
+//! A request is recognised when it begins, in the context of the process that makes it, by process and inode (or
+//! block device); nothing is keyed by file descriptor or thread. From there to its completion, which may come in any
+//! context, it is remembered by the address of the kernel's own request structure. Where it is seen depends on how
+//! the image is opened; user space chooses one way for each image ([`Image::counted_by`]), so that none counts twice.
+//!
+//! Requests of other processes pay one bit test where they begin, and one look at a cache line where they end.
+
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "kernel values have fewer bits than the registers they come in; slots are below 2^16"
+)]
+
+use core::intrinsics::{AtomicOrdering::Relaxed, atomic_xadd};
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::BPF_F_MMAPABLE,
+    helpers::{bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_ktime_get_ns},
+    macros::{btf_tracepoint, map},
+    maps::Array,
+    programs::BtfTracePointContext,
+};
+use monitor_ebpf::{
+    BLOCK_DEVICE, BY_BIO, BY_CALL, BY_IOMAP, BlockLayout, CALL_FALLOCATE, CALL_FDATASYNC, CALL_FSYNC,
+    CALL_PREAD, CALL_PREADV, CALL_PWRITE, CALL_PWRITEV, FLIGHT_GROUPS, FLIGHT_PLACES, FLUSH, FLUSH_BY_BIO,
+    FLUSH_BY_CALL, FLUSH_BY_EXT4, Flight, FlightKeys, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
+    IMAGE_TABLE_PROBES, IMAGES, Image, ImageHistograms, ImageKey, ImageTable, Operation, PROCESS_FILTER_BITS,
+    ProcessFilter, READ, WRITE, bucket, flight_group,
+};
+
+use crate::{
+    atomic::Word,
+    kernel::{Address, load, offset, probe},
+};
+
+#[unsafe(no_mangle)]
+static BLOCK_LAYOUT: BlockLayout = BlockLayout::ZERO;
+
+#[map(name = "BLOCK_FILTER")]
+static BLOCK_FILTER: Array<ProcessFilter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "IMAGE_TABLE")]
+static IMAGE_TABLE: Array<ImageTable> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map(name = "IMAGES")]
+static IMAGE_SLOTS: Array<Image> = Array::with_max_entries(IMAGES, BPF_F_MMAPABLE);
+#[map(name = "IMAGE_HIST")]
+static IMAGE_HIST: Array<ImageHistograms> = Array::with_max_entries(IMAGE_HISTOGRAMS, BPF_F_MMAPABLE);
+#[map(name = "FLIGHT_KEYS")]
+static FLIGHT_KEYS: Array<FlightKeys> = Array::with_max_entries(FLIGHT_GROUPS, BPF_F_MMAPABLE);
+#[map(name = "FLIGHTS")]
+static FLIGHTS: Array<[Flight; FLIGHT_PLACES]> = Array::with_max_entries(FLIGHT_GROUPS, BPF_F_MMAPABLE);
+
+/// `EAGAIN`: the kernel makes the same request again, in a context that may wait.
+const EAGAIN: i64 = 11;
+/// Sets the key of a thread in ext4 apart from that of the system call around it.
+const IN_EXT4: u64 = 1 << 63;
+/// Sets the key of an io_uring request, its address, apart from all others.
+const IN_URING: u64 = !(1 << 62);
+
+/// A watched image.
+#[derive(Clone, Copy)]
+struct Found {
+    slot: u16,
+    image: &'static Image,
+}
+
+impl Found {
+    #[inline(always)]
+    fn is_counted(self, by: u32) -> bool {
+        offset(&self.image.counted_by) & by != 0
+    }
+
+    /// Chosen by comparisons: the verifier does not follow how the compiler writes a remainder.
+    #[inline(always)]
+    fn operation(self, operation: u32) -> &'static Operation {
+        match operation {
+            READ => &self.image.operations[0],
+            WRITE => &self.image.operations[1],
+            _ => &self.image.operations[2],
+        }
+    }
+}
+
+/// `trace_iomap_dio_rw_begin(struct kiocb *iocb, struct iov_iter *iter, unsigned int dio_flags, size_t done_before)`
+/// (Linux 6.5): direct I/O on a file begins, in the context of the task that makes it.
+///
+/// Remembers the request by its `kiocb`. A read that QEMU's main thread waits for is no request of a guest (those are
+/// asynchronous or made by other threads), and counts in `open_requests` and `open_bytes`.
+#[btf_tracepoint(function = "iomap_dio_rw_begin")]
+pub(crate) fn iomap_dio_rw_begin(ctx: BtfTracePointContext) -> i32 {
+    let thread = bpf_get_current_pid_tgid();
+    if !may_be_watched(thread) {
+        return 0;
+    }
+    let (kiocb, iter): (Address, Address) = (ctx.arg(0), ctx.arg(1));
+    // SAFETY: arguments of a BTF tracepoint, and what is loaded through them.
+    let (inode, written, bytes) = unsafe {
+        let file: Address = load(kiocb, offset(&BLOCK_LAYOUT.kiocb_file));
+        let inode: Address = load(file, offset(&BLOCK_LAYOUT.file_inode));
+        let written: u8 = load(iter, offset(&BLOCK_LAYOUT.iter_data_source));
+        (inode, written & 1 != 0, load::<u64>(iter, offset(&BLOCK_LAYOUT.iter_count)))
+    };
+    // SAFETY: loaded through an argument of a BTF tracepoint.
+    let Some(found) = (unsafe { image_of_inode(thread, inode) }) else { return 0 };
+    if !found.is_counted(BY_IOMAP) {
+        return 0;
+    }
+    // SAFETY: as above.
+    let asynchronous = unsafe { load::<u64>(kiocb, offset(&BLOCK_LAYOUT.kiocb_complete)) } != 0;
+    if !written && !asynchronous && thread >> 32 == thread & 0xffff_ffff {
+        add(&found.image.open_requests, 1);
+        add(&found.image.open_bytes, bytes);
+        return 0;
+    }
+    if let Some(key) = key_of(kiocb) {
+        begin(key, found, if written { WRITE } else { READ }, bytes);
+    }
+    0
+}
+
+/// `trace_iomap_dio_complete(struct kiocb *iocb, int error, ssize_t ret)` (Linux 6.5): direct I/O on a file is over.
+/// `ret` is what the caller gets: bytes, or a negative error number.
+#[btf_tracepoint(function = "iomap_dio_complete")]
+pub(crate) fn iomap_dio_complete(ctx: BtfTracePointContext) -> i32 {
+    if let Some(key) = key_of(ctx.arg(0)) {
+        end(key, ctx.arg::<i64>(2));
+    }
+    0
+}
+
+/// `trace_block_bio_queue(struct bio *bio)`: I/O enters the block layer, in the context of the task that makes it.
+/// Parts that a driver splits off later are not traced again, so that one `bio` is one request, or a part of one
+/// above 1 MiB.
+#[btf_tracepoint(function = "block_bio_queue")]
+pub(crate) fn block_bio_queue(ctx: BtfTracePointContext) -> i32 {
+    /// Operations of `enum req_op`, the low 8 bits of `bi_opf`.
+    const REQ_READ: u32 = 0;
+    const REQ_WRITE: u32 = 1;
+    const REQ_FLUSH: u32 = 2;
+    const REQ_DISCARD: u32 = 3;
+    const REQ_WRITE_ZEROES: u32 = 9;
+    let thread = bpf_get_current_pid_tgid();
+    if !may_be_watched(thread) {
+        return 0;
+    }
+    let bio: Address = ctx.arg(0);
+    // SAFETY: an argument of a BTF tracepoint, and what is loaded through it.
+    let (device, opf, bytes) = unsafe {
+        let bdev: Address = load(bio, offset(&BLOCK_LAYOUT.bio_bdev));
+        let device: u32 = load(bdev, offset(&BLOCK_LAYOUT.bdev_dev));
+        let bytes: u32 = load(bio, offset(&BLOCK_LAYOUT.bio_size));
+        (device, load::<u32>(bio, offset(&BLOCK_LAYOUT.bio_opf)), u64::from(bytes))
+    };
+    let Some(found) = image(ImageKey { inode: BLOCK_DEVICE, device, tgid: (thread >> 32) as u32 }) else {
+        return 0;
+    };
+    let Some(key) = key_of(bio) else { return 0 };
+    let (data, flush) = (found.is_counted(BY_BIO), found.is_counted(FLUSH_BY_BIO));
+    match opf & 0xff {
+        REQ_READ if data => begin(key, found, READ, bytes),
+        REQ_WRITE if data && bytes != 0 => begin(key, found, WRITE, bytes),
+        REQ_WRITE if flush && bytes == 0 && opf & offset(&BLOCK_LAYOUT.preflush) != 0 => {
+            begin(key, found, FLUSH, 0);
+        }
+        REQ_FLUSH if flush => begin(key, found, FLUSH, 0),
+        REQ_DISCARD if flush => count_range(&found.image.discards, &found.image.discard_bytes, bytes),
+        REQ_WRITE_ZEROES if flush => count_range(&found.image.zeroes, &found.image.zero_bytes, bytes),
+        _ => {}
+    }
+    0
+}
+
+/// `trace_block_bio_complete(struct request_queue *q, struct bio *bio)`: a `bio` and all its parts are over, in any
+/// context. Its size is used up by now.
+#[btf_tracepoint(function = "block_bio_complete")]
+pub(crate) fn block_bio_complete(ctx: BtfTracePointContext) -> i32 {
+    let bio: Address = ctx.arg(1);
+    let Some((flight, found)) = key_of(bio).and_then(take) else { return 0 };
+    // SAFETY: an argument of a BTF tracepoint.
+    let status: u8 = unsafe { load(bio, offset(&BLOCK_LAYOUT.bio_status)) };
+    finish(&flight, found, if status == 0 { i64::from(flight.bytes) } else { -status_errno(status) });
+    0
+}
+
+/// The error number that `blk_status_to_errno()` gives a process.
+#[inline(always)]
+fn status_errno(status: u8) -> i64 {
+    match status {
+        1 => 95,  // BLK_STS_NOTSUPP: EOPNOTSUPP.
+        2 => 110, // BLK_STS_TIMEOUT: ETIMEDOUT.
+        3 => 28,  // BLK_STS_NOSPC: ENOSPC.
+        4 => 67,  // BLK_STS_TRANSPORT: ENOLINK.
+        5 => 121, // BLK_STS_TARGET: EREMOTEIO.
+        6 => 52,  // BLK_STS_RESV_CONFLICT: EBADE.
+        7 => 61,  // BLK_STS_MEDIUM: ENODATA.
+        8 => 84,  // BLK_STS_PROTECTION: EILSEQ.
+        9 => 12,  // BLK_STS_RESOURCE: ENOMEM.
+        12 => EAGAIN,
+        _ => 5, // BLK_STS_IOERR and the rest: EIO.
+    }
+}
+
+/// `trace_io_uring_submit_req(struct io_kiocb *req)` (before Linux 6.3 `io_uring_submit_sqe`, with one argument more):
+/// a request is taken from a ring, once, whichever thread makes it in the end.
+#[btf_tracepoint(function = "io_uring_submit_req")]
+pub(crate) fn io_uring_submit_req(ctx: BtfTracePointContext) -> i32 {
+    /// Operations of `enum io_uring_op` (include/uapi/linux/io_uring.h).
+    const READV: u8 = 1;
+    const WRITEV: u8 = 2;
+    const FSYNC: u8 = 3;
+    const READ_PLAIN: u8 = 22;
+    const WRITE_PLAIN: u8 = 23;
+    let thread = bpf_get_current_pid_tgid();
+    if !may_be_watched(thread) {
+        return 0;
+    }
+    let req: Address = ctx.arg(0);
+    // SAFETY: an argument of a BTF tracepoint.
+    let opcode: u8 = unsafe { load(req, offset(&BLOCK_LAYOUT.uring_opcode)) };
+    let (operation, by) = match opcode {
+        READV | READ_PLAIN => (READ, BY_CALL),
+        WRITEV | WRITE_PLAIN => (WRITE, BY_CALL),
+        FSYNC => (FLUSH, FLUSH_BY_CALL),
+        _ => return 0,
+    };
+    // SAFETY: as above. Zero-extended: a negative descriptor is larger than any table.
+    let fd: u32 = unsafe { load(req, offset(&BLOCK_LAYOUT.uring_fd)) };
+    if let Some(found) = image_of_fd(thread, fd).filter(|found| found.is_counted(by)) {
+        // The other end is given no typed pointer, so the address is needed as a number: from the arguments' memory.
+        if let Some(address) = probe::<u64>(ctx.as_ptr() as u64, 0) {
+            begin(address & IN_URING, found, operation, 0);
+        }
+    }
+    0
+}
+
+/// `trace_io_uring_complete(struct io_ring_ctx *ctx, void *req, struct io_uring_cqe *cqe)`, before Linux 6.10
+/// `(ctx, req, u64 user_data, int res, …)`: the result of a request is put into the ring.
+#[btf_tracepoint(function = "io_uring_complete")]
+pub(crate) fn io_uring_complete(ctx: BtfTracePointContext) -> i32 {
+    let Some((flight, found)) = take(ctx.arg::<u64>(1) & IN_URING) else { return 0 };
+    let result: i32 = if offset(&BLOCK_LAYOUT.uring_complete_has_cqe) == 0 {
+        ctx.arg::<u64>(3) as i32
+    } else {
+        // SAFETY: an argument of a BTF tracepoint.
+        unsafe { load(ctx.arg::<Address>(2), offset(&BLOCK_LAYOUT.cqe_res)) }
+    };
+    finish(&flight, found, i64::from(result));
+    0
+}
+
+/// `trace_sys_enter(struct pt_regs *regs, long id)`: every system call of the host, which is why this is attached
+/// only while an image needs it. Counts positioned reads and writes, flushes and `fallocate`.
+#[btf_tracepoint(function = "sys_enter")]
+pub(crate) fn block_sys_enter(ctx: BtfTracePointContext) -> i32 {
+    const PUNCH_HOLE: u64 = 2;
+    const ZERO_RANGE: u64 = 0x10;
+    let id = ctx.arg::<u64>(1) as u32;
+    let is = |call: usize| id == offset(&BLOCK_LAYOUT.calls[call]);
+    let (operation, by) = if is(CALL_PREAD) || is(CALL_PREADV) {
+        (Some(READ), BY_CALL)
+    } else if is(CALL_PWRITE) || is(CALL_PWRITEV) {
+        (Some(WRITE), BY_CALL)
+    } else if is(CALL_FDATASYNC) || is(CALL_FSYNC) {
+        (Some(FLUSH), FLUSH_BY_CALL)
+    } else if is(CALL_FALLOCATE) {
+        (None, FLUSH_BY_CALL)
+    } else {
+        return 0;
+    };
+    let thread = bpf_get_current_pid_tgid();
+    if !may_be_watched(thread) {
+        return 0;
+    }
+    let regs: Address = ctx.arg(0);
+    // SAFETY: an argument of a BTF tracepoint.
+    let argument = |n: usize| unsafe { load::<u64>(regs, offset(&BLOCK_LAYOUT.call_arguments[n])) };
+    let Some(found) = image_of_fd(thread, argument(0) as u32).filter(|found| found.is_counted(by)) else {
+        return 0;
+    };
+    let mode = argument(1);
+    match operation {
+        Some(operation) => begin(thread, found, operation, 0),
+        None if mode & PUNCH_HOLE != 0 => {
+            count_range(&found.image.discards, &found.image.discard_bytes, argument(3));
+        }
+        None if mode & ZERO_RANGE != 0 => {
+            count_range(&found.image.zeroes, &found.image.zero_bytes, argument(3));
+        }
+        None => {}
+    }
+    0
+}
+
+/// `trace_sys_exit(struct pt_regs *regs, long ret)`: likewise.
+#[btf_tracepoint(function = "sys_exit")]
+pub(crate) fn block_sys_exit(ctx: BtfTracePointContext) -> i32 {
+    let thread = bpf_get_current_pid_tgid();
+    if may_be_watched(thread) {
+        end(thread, ctx.arg::<i64>(1));
+    }
+    0
+}
+
+/// `trace_ext4_sync_file_enter(struct file *file, int datasync)`: a file is flushed, whoever asked and how.
+#[btf_tracepoint(function = "ext4_sync_file_enter")]
+pub(crate) fn ext4_sync_file_enter(ctx: BtfTracePointContext) -> i32 {
+    let thread = bpf_get_current_pid_tgid();
+    if !may_be_watched(thread) {
+        return 0;
+    }
+    // SAFETY: an argument of a BTF tracepoint, and what is loaded through it.
+    let found = unsafe {
+        let inode: Address = load(ctx.arg::<Address>(0), offset(&BLOCK_LAYOUT.file_inode));
+        image_of_inode(thread, inode)
+    };
+    if let Some(found) = found.filter(|found| found.is_counted(FLUSH_BY_EXT4)) {
+        begin(thread | IN_EXT4, found, FLUSH, 0);
+    }
+    0
+}
+
+/// `trace_ext4_sync_file_exit(struct inode *inode, int ret)`.
+#[btf_tracepoint(function = "ext4_sync_file_exit")]
+pub(crate) fn ext4_sync_file_exit(ctx: BtfTracePointContext) -> i32 {
+    let thread = bpf_get_current_pid_tgid();
+    if may_be_watched(thread) {
+        end(thread | IN_EXT4, i64::from(ctx.arg::<u64>(1) as i32));
+    }
+    0
+}
+
+/// `trace_ext4_punch_hole(struct inode *inode, loff_t offset, loff_t len, int mode)`: a range is given back.
+#[btf_tracepoint(function = "ext4_punch_hole")]
+pub(crate) fn ext4_punch_hole(ctx: BtfTracePointContext) -> i32 {
+    if let Some(found) = ext4_range(&ctx) {
+        count_range(&found.image.discards, &found.image.discard_bytes, ctx.arg::<u64>(2));
+    }
+    0
+}
+
+/// `trace_ext4_zero_range(struct inode *inode, loff_t offset, loff_t len, int mode)`: a range is zeroed.
+#[btf_tracepoint(function = "ext4_zero_range")]
+pub(crate) fn ext4_zero_range(ctx: BtfTracePointContext) -> i32 {
+    if let Some(found) = ext4_range(&ctx) {
+        count_range(&found.image.zeroes, &found.image.zero_bytes, ctx.arg::<u64>(2));
+    }
+    0
+}
+
+#[inline(always)]
+fn ext4_range(ctx: &BtfTracePointContext) -> Option<Found> {
+    let thread = bpf_get_current_pid_tgid();
+    if !may_be_watched(thread) {
+        return None;
+    }
+    // SAFETY: an argument of a BTF tracepoint.
+    let found = unsafe { image_of_inode(thread, ctx.arg(0)) }?;
+    found.is_counted(FLUSH_BY_EXT4).then_some(found)
+}
+
+/// One bit: whether it is worth looking for an image of this thread's process.
+#[inline(always)]
+fn may_be_watched(thread: u64) -> bool {
+    let bit = (thread >> 32) as u32 % PROCESS_FILTER_BITS;
+    // SAFETY: a valid map value for the life of the program; user space changes whole words.
+    let Some(filter) = BLOCK_FILTER.get_ptr(0).map(|filter| unsafe { &*filter }) else { return false };
+    filter.0[(bit / 64) as usize] >> (bit % 64) & 1 != 0
+}
+
+/// The image behind an inode, for the process of this thread.
+///
+/// # Safety
+/// `inode` must be a pointer that the verifier trusts.
+#[inline(always)]
+unsafe fn image_of_inode(thread: u64, inode: Address) -> Option<Found> {
+    // SAFETY: by the caller.
+    unsafe {
+        let mode: u16 = load(inode, offset(&BLOCK_LAYOUT.inode_mode));
+        let (number, device) = if is_block_device(mode) {
+            (BLOCK_DEVICE, load(inode, offset(&BLOCK_LAYOUT.inode_rdev)))
+        } else {
+            let sb: Address = load(inode, offset(&BLOCK_LAYOUT.inode_sb));
+            (load(inode, offset(&BLOCK_LAYOUT.inode_number)), load(sb, offset(&BLOCK_LAYOUT.sb_dev)))
+        };
+        image(ImageKey { inode: number, device, tgid: (thread >> 32) as u32 })
+    }
+}
+
+/// The image behind a file descriptor of the current task. Looked up anew for each request, because a descriptor may
+/// be another file by the next.
+#[inline(always)]
+fn image_of_fd(thread: u64, fd: u32) -> Option<Found> {
+    // SAFETY: plain helper call; what it returns is a pointer that the verifier trusts.
+    let (max, table) = unsafe {
+        let task = bpf_get_current_task_btf() as Address;
+        let files: Address = load(task, offset(&BLOCK_LAYOUT.task_files));
+        let fdt: Address = load(files, offset(&BLOCK_LAYOUT.files_fdt));
+        (load::<u32>(fdt, offset(&BLOCK_LAYOUT.fdt_max)), load::<u64>(fdt, offset(&BLOCK_LAYOUT.fdt_fd)))
+    };
+    if fd >= max {
+        return None;
+    }
+    let file: u64 = probe(table + u64::from(fd) * 8, 0)?;
+    let inode: u64 = probe(file, offset(&BLOCK_LAYOUT.file_inode))?;
+    let (number, device) = if is_block_device(probe(inode, offset(&BLOCK_LAYOUT.inode_mode))?) {
+        (BLOCK_DEVICE, probe(inode, offset(&BLOCK_LAYOUT.inode_rdev))?)
+    } else {
+        let sb: u64 = probe(inode, offset(&BLOCK_LAYOUT.inode_sb))?;
+        (probe(inode, offset(&BLOCK_LAYOUT.inode_number))?, probe(sb, offset(&BLOCK_LAYOUT.sb_dev))?)
+    };
+    image(ImageKey { inode: number, device, tgid: (thread >> 32) as u32 })
+}
+
+/// `S_ISBLK` of include/uapi/linux/stat.h.
+#[inline(always)]
+fn is_block_device(mode: u16) -> bool {
+    mode & 0o170_000 == 0o060_000
+}
+
+/// The slot of a watched image.
+#[inline(always)]
+fn image(key: ImageKey) -> Option<Found> {
+    // SAFETY: a valid map value for the life of the program; user space changes whole words.
+    let table = unsafe { &*IMAGE_TABLE.get_ptr(0)? };
+    let start = key.table_start();
+    for i in 0..IMAGE_TABLE_PROBES {
+        let entry = &table.0[(start + i) as usize % IMAGE_TABLE_ENTRIES];
+        if entry.key.inode == key.inode && entry.key.device == key.device && entry.key.tgid == key.tgid {
+            let slot = entry.slot.checked_sub(1)?;
+            // SAFETY: a valid map value; counters are added to atomically.
+            let image = unsafe { IMAGE_SLOTS.get_ptr(slot as u32)?.as_ref()? };
+            return Some(Found { slot: slot as u16, image });
+        }
+    }
+    None
+}
+
+#[inline(always)]
+fn count_range(ranges: &u64, sum: &u64, bytes: u64) {
+    add(ranges, 1);
+    add(sum, bytes);
+}
+
+/// A number for the address of a kernel structure. The verifier lets no address be hashed, but it lets two be
+/// subtracted; that of a map never changes.
+#[inline(always)]
+fn key_of(address: Address) -> Option<u64> {
+    Some((address as u64).wrapping_sub(FLIGHT_KEYS.get_ptr(0)? as u64))
+}
+
+/// A request begins. One that is remembered already is made again by the kernel, or is another one at the address of
+/// one whose end was not traced; either way it counts once, from now.
+#[inline(always)]
+fn begin(key: u64, found: Found, operation: u32, bytes: u64) {
+    let group = flight_group(key);
+    // SAFETY: plain helper call.
+    let begin_ns = unsafe { bpf_ktime_get_ns() };
+    let flight = Flight { begin_ns, slot: found.slot, operation: operation as u16, bytes: bytes as u32 };
+    // SAFETY: valid map values; keys are claimed atomically, and who claimed a place alone writes its flight.
+    let (Some(keys), Some(flights)) = (unsafe {
+        (
+            FLIGHT_KEYS.get_ptr(group).and_then(|k| k.as_ref()),
+            FLIGHTS.get_ptr_mut(group).and_then(|f| f.as_mut()),
+        )
+    }) else {
+        return;
+    };
+    for (place, flying) in keys.0.iter().zip(flights.iter_mut()) {
+        if get(place) == key {
+            *flying = flight;
+            return;
+        }
+    }
+    let counted = found.operation(operation);
+    add(&counted.begun, 1);
+    for (place, flying) in keys.0.iter().zip(flights.iter_mut()) {
+        if get(place) == 0 && claim(place, key) {
+            *flying = flight;
+            return;
+        }
+    }
+    add(&counted.done, 1);
+    add(&counted.bytes, bytes);
+    add(&found.image.untimed, 1);
+}
+
+/// A request is over, with bytes or a negative error number.
+#[inline(always)]
+fn end(key: u64, result: i64) {
+    if let Some((flight, found)) = take(key) {
+        finish(&flight, found, result);
+    }
+}
+
+/// Forgets a request in flight and says what it was.
+#[inline(always)]
+fn take(key: u64) -> Option<(Flight, Found)> {
+    let group = flight_group(key);
+    // SAFETY: valid map values.
+    let (keys, flights) =
+        unsafe { (FLIGHT_KEYS.get_ptr(group)?.as_ref()?, FLIGHTS.get_ptr(group)?.as_ref()?) };
+    for (place, flying) in keys.0.iter().zip(flights) {
+        if get(place) == key {
+            let flight = *flying;
+            Word::of(place).store(0); // Nobody else claims it before this.
+            // SAFETY: a valid map value.
+            let image = unsafe { IMAGE_SLOTS.get_ptr(u32::from(flight.slot))?.as_ref()? };
+            return Some((flight, Found { slot: flight.slot, image }));
+        }
+    }
+    None
+}
+
+#[inline(always)]
+fn finish(flight: &Flight, found: Found, result: i64) {
+    let operation = u32::from(flight.operation);
+    let counted = found.operation(operation);
+    if result == -EAGAIN {
+        add(&counted.begun, u64::MAX); // It begins again.
+        return;
+    }
+    if result < 0 {
+        add(&counted.failed, 1);
+        count_error(found.image, result.unsigned_abs());
+        return;
+    }
+    // SAFETY: plain helper call.
+    let took = unsafe { bpf_ktime_get_ns() }.wrapping_sub(flight.begin_ns);
+    add(&counted.done, 1);
+    if operation != FLUSH {
+        add(&counted.bytes, result.cast_unsigned());
+    }
+    add(&counted.time_ns, took);
+    let Some(place) = offset(&found.image.histograms).checked_sub(1) else { return };
+    // SAFETY: a valid map value; counts are added to atomically.
+    let Some(histograms) = (unsafe { IMAGE_HIST.get_ptr(place).and_then(|h| h.as_ref()) }) else { return };
+    let histogram = match operation {
+        READ => &histograms.operations[0],
+        WRITE => &histograms.operations[1],
+        _ => &histograms.operations[2],
+    };
+    if let Some(count) = histogram.get(bucket(took) as usize) {
+        add_32(count, 1);
+    }
+}
+
+#[inline(always)]
+fn count_error(image: &Image, errno: u64) {
+    for place in &image.errnos {
+        let now = get(place);
+        if now >> 32 == errno || now == 0 && claim(place, errno << 32) {
+            add(place, 1);
+            return;
+        }
+    }
+    add(&image.other_errors, 1);
+}
+
+#[inline(always)]
+fn get(place: &u64) -> u64 {
+    Word::of(place).load()
+}
+
+/// Adds in one step: requests of one image end on several CPUs at once.
+#[inline(always)]
+fn add(place: &u64, n: u64) {
+    Word::of(place).add(n);
+}
+
+#[inline(always)]
+fn add_32(place: &u32, n: u32) {
+    // SAFETY: a place in a map, aligned, which all writers change atomically.
+    unsafe { atomic_xadd::<u32, u32, { Relaxed }>(core::ptr::from_ref(place).cast_mut(), n) };
+}
+
+/// Puts `value` where 0 is; false if somebody else was faster.
+#[inline(always)]
+fn claim(place: &u64, value: u64) -> bool {
+    Word::of(place).exchange(0, value) == 0
+}

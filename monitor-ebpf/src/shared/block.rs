@@ -1,0 +1,335 @@
+//! What crosses the boundary for disks: which image files and devices are watched, and what was counted for each.
+//!
+//! Nothing here knows what a disk of a VM is: the kernel side counts requests of a *process* on an *image*, a file or
+//! a block device. A disk may consist of several (a backing chain); user space adds them up.
+
+use crate::Histogram;
+
+/// Images that can be watched at once, and their counters.
+pub const IMAGES: u32 = 1_024;
+/// Images of which latency histograms can be kept at once.
+pub const IMAGE_HISTOGRAMS: u32 = 256;
+/// Entries of the table that maps an image to its slot, four times [`IMAGES`] so that probing stays short.
+pub const IMAGE_TABLE_ENTRIES: usize = 1 << IMAGE_TABLE_LOG2;
+const IMAGE_TABLE_LOG2: u32 = 12;
+/// Neighbouring entries looked at for one image.
+pub const IMAGE_TABLE_PROBES: u32 = 8;
+/// Bits of the filter by process id in front of that table.
+pub const PROCESS_FILTER_BITS: u32 = 32_768;
+
+/// The inode number that stands for a block device as such; its number is then the device.
+pub const BLOCK_DEVICE: u64 = u64::MAX;
+
+/// Which process on which image.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ImageKey {
+    /// Inode number, or [`BLOCK_DEVICE`].
+    pub inode: u64,
+    /// Device of the file system, or the block device itself, as the kernel writes it: major << 20 | minor.
+    pub device: u32,
+    /// Process id.
+    pub tgid: u32,
+}
+
+impl ImageKey {
+    /// Where the search for this key begins in the table (Fibonacci hashing).
+    #[must_use]
+    #[inline(always)]
+    pub const fn table_start(&self) -> u32 {
+        let mixed = self.inode ^ (self.device as u64) << 44 ^ (self.tgid as u64) << 20;
+        (mixed.wrapping_mul(GOLDEN) >> (64 - IMAGE_TABLE_LOG2)) as u32
+    }
+}
+
+const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// An entry of the table from image to slot. `slot` is written last when an entry is made and first when it goes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageEntry {
+    /// Slot of the image, plus 1; 0 = the entry is free.
+    pub slot: u64,
+    /// Whose it is.
+    pub key: ImageKey,
+}
+
+/// The table; see [`ImageKey::table_start`].
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct ImageTable(pub [ImageEntry; IMAGE_TABLE_ENTRIES]);
+
+/// One bit per process id modulo [`PROCESS_FILTER_BITS`]: set if some image of that process may be watched.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct ProcessFilter(pub [u64; (PROCESS_FILTER_BITS / 64) as usize]);
+
+/// Reads, index into [`Image::operations`].
+pub const READ: u32 = 0;
+/// Writes.
+pub const WRITE: u32 = 1;
+/// Flushes.
+pub const FLUSH: u32 = 2;
+/// Kinds of operations that have a latency.
+pub const OPERATIONS: usize = 3;
+
+/// Reads and writes are counted where direct I/O on a file enters and leaves the file system (`iomap_dio_*`).
+pub const BY_IOMAP: u32 = 1;
+/// Reads and writes are counted where they enter the block layer (`block_bio_*`).
+pub const BY_BIO: u32 = 1 << 1;
+/// Reads and writes are counted as system calls or io_uring requests.
+pub const BY_CALL: u32 = 1 << 2;
+/// Flushes and discards are counted by ext4's tracepoints.
+pub const FLUSH_BY_EXT4: u32 = 1 << 3;
+/// Flushes and discards are counted where they enter the block layer.
+pub const FLUSH_BY_BIO: u32 = 1 << 4;
+/// Flushes and discards are counted as system calls or io_uring requests.
+pub const FLUSH_BY_CALL: u32 = 1 << 5;
+
+/// One kind of operation on one image, cumulative since it is watched. Programs add with atomic instructions.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Operation {
+    /// Requests that were begun.
+    pub begun: u64,
+    /// Requests that succeeded.
+    pub done: u64,
+    /// Requests that failed.
+    pub failed: u64,
+    /// Bytes moved by those that succeeded.
+    pub bytes: u64,
+    /// Time those took, summed, nanoseconds.
+    pub time_ns: u64,
+}
+
+impl Operation {
+    /// Nothing counted.
+    pub const ZERO: Self = Self { begun: 0, done: 0, failed: 0, bytes: 0, time_ns: 0 };
+}
+
+/// Error numbers that are told apart for one image.
+pub const ERRNOS: usize = 8;
+
+/// A watched image, in the slot that user space gave it.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// `BY_…` and `FLUSH_BY_…`: which programs count for it. Written by user space.
+    pub counted_by: u32,
+    /// Place of its histograms, plus 1; 0 = none are kept. Written by user space.
+    pub histograms: u32,
+    /// [`READ`], [`WRITE`], [`FLUSH`].
+    pub operations: [Operation; OPERATIONS],
+    /// Ranges given back (holes punched, discards).
+    pub discards: u64,
+    /// Bytes given back.
+    pub discard_bytes: u64,
+    /// Ranges zeroed without writing them.
+    pub zeroes: u64,
+    /// Bytes zeroed so.
+    pub zero_bytes: u64,
+    /// Reads that QEMU's main thread waited for: it probes an image so when it opens it, never for a guest. They
+    /// are in no other figure.
+    pub open_requests: u64,
+    /// Their bytes.
+    pub open_bytes: u64,
+    /// Requests counted as done when they began, without latency: there was no room to remember them.
+    pub untimed: u64,
+    /// Failed requests by error number: the number in the upper half, the count in the lower; 0 = free.
+    pub errnos: [u64; ERRNOS],
+    /// Failed requests with other numbers.
+    pub other_errors: u64,
+}
+
+impl Image {
+    /// A free slot.
+    pub const ZERO: Self = Self {
+        counted_by: 0,
+        histograms: 0,
+        operations: [Operation::ZERO; OPERATIONS],
+        discards: 0,
+        discard_bytes: 0,
+        zeroes: 0,
+        zero_bytes: 0,
+        open_requests: 0,
+        open_bytes: 0,
+        untimed: 0,
+        errnos: [0; ERRNOS],
+        other_errors: 0,
+    };
+}
+
+/// Latencies of one image by kind of operation, cumulative since it is watched, nanoseconds.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageHistograms {
+    /// [`READ`], [`WRITE`], [`FLUSH`].
+    pub operations: [Histogram; OPERATIONS],
+    /// Nothing; keeps the usual buckets of different images in different sets of the caches.
+    pub stagger: [u64; 8],
+}
+
+impl ImageHistograms {
+    /// Nothing counted.
+    pub const ZERO: Self = Self { operations: [[0; crate::BUCKETS]; OPERATIONS], stagger: [0; 8] };
+}
+
+/// Groups of places for requests in flight; a power of two.
+pub const FLIGHT_GROUPS: u32 = 1 << FLIGHT_GROUPS_LOG2;
+const FLIGHT_GROUPS_LOG2: u32 = 11;
+/// Places in a group: their keys fill one cache line.
+pub const FLIGHT_PLACES: usize = 8;
+
+/// Requests in flight that share a group: what identifies each, 0 = the place is free.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlightKeys(pub [u64; FLIGHT_PLACES]);
+
+/// A request in flight.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flight {
+    /// `CLOCK_MONOTONIC` when it began, nanoseconds.
+    pub begin_ns: u64,
+    /// Slot of its image.
+    pub slot: u16,
+    /// [`READ`], [`WRITE`] or [`FLUSH`].
+    pub operation: u16,
+    /// Length asked for, bytes; 0 if not known.
+    pub bytes: u32,
+}
+
+/// The group of a request in flight.
+#[must_use]
+#[inline(always)]
+pub const fn flight_group(key: u64) -> u32 {
+    (key.wrapping_mul(GOLDEN) >> (64 - FLIGHT_GROUPS_LOG2)) as u32
+}
+
+/// Byte offsets into kernel structures and numbers of the kernel that the disk programs need, found when they are
+/// loaded. What a kernel lacks belongs to programs that are then not loaded.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockLayout {
+    /// `kiocb.ki_filp`.
+    pub kiocb_file: u32,
+    /// `kiocb.ki_complete`.
+    pub kiocb_complete: u32,
+    /// `iov_iter.count`.
+    pub iter_count: u32,
+    /// `iov_iter.data_source`: 1 for writes.
+    pub iter_data_source: u32,
+    /// `file.f_inode`.
+    pub file_inode: u32,
+    /// `inode.i_ino`.
+    pub inode_number: u32,
+    /// `inode.i_sb`.
+    pub inode_sb: u32,
+    /// `inode.i_mode`.
+    pub inode_mode: u32,
+    /// `inode.i_rdev`.
+    pub inode_rdev: u32,
+    /// `super_block.s_dev`.
+    pub sb_dev: u32,
+    /// `bio.bi_bdev`.
+    pub bio_bdev: u32,
+    /// `bio.bi_opf`.
+    pub bio_opf: u32,
+    /// `bio.bi_status`.
+    pub bio_status: u32,
+    /// `bio.bi_iter.bi_size`.
+    pub bio_size: u32,
+    /// `block_device.bd_dev`.
+    pub bdev_dev: u32,
+    /// The bit `REQ_PREFLUSH` of `bi_opf`.
+    pub preflush: u32,
+    /// `io_kiocb.opcode`.
+    pub uring_opcode: u32,
+    /// `io_kiocb.cqe.fd`: the file a request is for, until it completes.
+    pub uring_fd: u32,
+    /// `io_uring_cqe.res`.
+    pub cqe_res: u32,
+    /// Not 0 if `io_uring_complete` is given a `struct io_uring_cqe *` (Linux 6.10), 0 if the result itself.
+    pub uring_complete_has_cqe: u32,
+    /// `task_struct.files`.
+    pub task_files: u32,
+    /// `files_struct.fdt`.
+    pub files_fdt: u32,
+    /// `fdtable.max_fds`.
+    pub fdt_max: u32,
+    /// `fdtable.fd`.
+    pub fdt_fd: u32,
+    /// `pt_regs`: the first to fourth argument of a system call.
+    pub call_arguments: [u32; 4],
+    /// Numbers of system calls, in the order of `CALL_…`; [`NO_CALL`] for one that does not exist.
+    pub calls: [u32; CALLS],
+}
+
+/// No such system call.
+pub const NO_CALL: u32 = u32::MAX;
+/// Index of `pread64` in [`BlockLayout::calls`].
+pub const CALL_PREAD: usize = 0;
+/// `pwrite64`.
+pub const CALL_PWRITE: usize = 1;
+/// `preadv`.
+pub const CALL_PREADV: usize = 2;
+/// `pwritev`.
+pub const CALL_PWRITEV: usize = 3;
+/// `fdatasync`.
+pub const CALL_FDATASYNC: usize = 4;
+/// `fsync`.
+pub const CALL_FSYNC: usize = 5;
+/// `fallocate`.
+pub const CALL_FALLOCATE: usize = 6;
+/// How many there are.
+pub const CALLS: usize = 7;
+
+impl BlockLayout {
+    /// Before anything is known.
+    pub const ZERO: Self = Self {
+        kiocb_file: 0,
+        kiocb_complete: 0,
+        iter_count: 0,
+        iter_data_source: 0,
+        file_inode: 0,
+        inode_number: 0,
+        inode_sb: 0,
+        inode_mode: 0,
+        inode_rdev: 0,
+        sb_dev: 0,
+        bio_bdev: 0,
+        bio_opf: 0,
+        bio_status: 0,
+        bio_size: 0,
+        bdev_dev: 0,
+        preflush: 0,
+        uring_opcode: 0,
+        uring_fd: 0,
+        cqe_res: 0,
+        uring_complete_has_cqe: 0,
+        task_files: 0,
+        files_fdt: 0,
+        fdt_max: 0,
+        fdt_fd: 0,
+        call_arguments: [0; 4],
+        calls: [NO_CALL; CALLS],
+    };
+}
+
+const _: () = assert!(size_of::<ImageEntry>() == 24 && size_of::<Flight>() == 16);
+const _: () = assert!(size_of::<Image>() == 256 && size_of::<FlightKeys>() == 64);
+const _: () = assert!(size_of::<BlockLayout>() == 4 * (24 + 4 + CALLS));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn searches_begin_inside_their_tables() {
+        for value in [0, 1, u64::MAX, 0xffff_8880_1234_5678, 0x8000_0001_0000_0001] {
+            assert!(flight_group(value) < FLIGHT_GROUPS);
+            let key = ImageKey { inode: value, device: u32::MAX, tgid: 4_194_303 };
+            assert!((key.table_start() as usize) < IMAGE_TABLE_ENTRIES);
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! Images that are watched: which, what the programs of `monitor-ebpf/src/block.rs` hang on meanwhile, and what they
+//! counted.
+
+use std::sync::atomic::Ordering;
+
+use aya::{
+    Ebpf as Object,
+    programs::{BtfTracePoint, ProgramError, tp_btf::BtfTracePointLinkId},
+};
+use monitor_ebpf::{
+    FLIGHT_GROUPS, FLIGHT_PLACES, Flight, FlightKeys, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
+    IMAGE_TABLE_PROBES, IMAGES, ImageEntry, ImageTable, PROCESS_FILTER_BITS, ProcessFilter,
+};
+
+use super::{
+    EbpfError,
+    images::{Hook, Image, ImageHistograms, ImageKey, Plan},
+    map,
+    mapped::{Mapped, change_bit},
+    probes::{Probe, ProbeState},
+    program_error,
+    sched::Places,
+};
+
+/// An image that is watched.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ImageSlot {
+    place: u32,
+    histograms: Option<u32>,
+    key: ImageKey,
+    plan: Plan,
+}
+
+impl ImageSlot {
+    /// Which image.
+    #[must_use]
+    pub fn key(&self) -> ImageKey {
+        self.key
+    }
+
+    /// How it is counted.
+    #[must_use]
+    pub fn plan(&self) -> Plan {
+        self.plan
+    }
+}
+
+/// An image cannot be watched.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotWatched {
+    /// The disk probes do not run.
+    #[error("the disk probes do not run")]
+    Off,
+    /// No probe of this kernel sees its requests.
+    #[error("no probe sees requests on an image that is opened like this")]
+    Unseen,
+    /// The kernel tables are full.
+    #[error("no room in the kernel tables to watch another image ({0} are watched)")]
+    Full(usize),
+    /// The kernel refused to attach a program.
+    #[error("the kernel refused to attach {program}: {reason}")]
+    Attach {
+        /// The program.
+        program: &'static str,
+        /// What the kernel said.
+        reason: String,
+    },
+}
+
+/// Words of an [`ImageEntry`].
+const ENTRY_WORDS: usize = size_of::<ImageEntry>() / 8;
+
+/// The maps of the disk programs, and what is handed out of them.
+pub(super) struct Block {
+    filter: Mapped<ProcessFilter>,
+    table: Mapped<ImageTable>,
+    images: Mapped<Image>,
+    histograms: Mapped<ImageHistograms>,
+    flight_keys: Mapped<FlightKeys>,
+    flights: Mapped<[Flight; FLIGHT_PLACES]>,
+    places: Places,
+    histogram_places: Places,
+    watched: Vec<ImageKey>,
+    /// By [`Hook`]: whether the kernel took its programs, how many images need it, and its links while it is attached.
+    hooks: [HookState; Hook::ALL.len()],
+}
+
+#[derive(Default)]
+struct HookState {
+    loaded: bool,
+    users: usize,
+    links: Vec<(&'static str, BtfTracePointLinkId)>,
+}
+
+impl Block {
+    /// Maps the maps; nothing is watched, nothing attached.
+    pub(super) fn new(object: &Object, states: &[(Probe, ProbeState)]) -> Result<Self, EbpfError> {
+        let loaded = |program: &str| {
+            states.iter().any(|(probe, state)| probe.program == program && *state == ProbeState::Ready)
+        };
+        let hooks = Hook::ALL.map(|hook| HookState {
+            loaded: hook.programs().iter().all(|p| loaded(p)),
+            ..HookState::default()
+        });
+        Ok(Self {
+            filter: map(object, "BLOCK_FILTER")?,
+            table: map(object, "IMAGE_TABLE")?,
+            images: map(object, "IMAGES")?,
+            histograms: map(object, "IMAGE_HIST")?,
+            flight_keys: map(object, "FLIGHT_KEYS")?,
+            flights: map(object, "FLIGHTS")?,
+            places: Places::default(),
+            histogram_places: Places::default(),
+            watched: Vec::new(),
+            hooks,
+        })
+    }
+
+    /// Whether the kernel has what a hook needs.
+    pub(super) fn can(&self, hook: Hook) -> bool {
+        self.hooks[hook as usize].loaded
+    }
+
+    /// Begins to watch an image; attaches what that needs.
+    pub(super) fn watch(
+        &mut self,
+        object: &mut Object,
+        key: ImageKey,
+        plan: Plan,
+    ) -> Result<ImageSlot, NotWatched> {
+        if plan.hooks().next().is_none() {
+            return Err(NotWatched::Unseen);
+        }
+        let full = NotWatched::Full(self.watched.len());
+        let entry = self.free_entry(key).ok_or(full.clone())?;
+        for hook in plan.hooks() {
+            self.need(object, hook)?;
+        }
+        let Some(place) = self.places.take(IMAGES) else {
+            plan.hooks().for_each(|hook| self.release(object, hook));
+            return Err(full);
+        };
+        let histograms = self.histogram_places.take(IMAGE_HISTOGRAMS);
+        if let Some(histograms) = histograms {
+            self.histograms.set(histograms as usize, ImageHistograms::ZERO);
+        }
+        let image = Image {
+            counted_by: plan.counted_by(),
+            histograms: histograms.map_or(0, |place| place + 1),
+            ..Image::ZERO
+        };
+        self.images.set(place as usize, image);
+        let word = |word| self.table.word(entry * ENTRY_WORDS + word);
+        word(1).store(key.inode, Ordering::Relaxed);
+        word(2).store(u64::from(key.tgid) << 32 | u64::from(key.device), Ordering::Release);
+        word(0).store(u64::from(place) + 1, Ordering::Release);
+        let bit = key.tgid % PROCESS_FILTER_BITS;
+        change_bit(self.filter.word((bit / 64) as usize), bit % 64, true);
+        self.watched.push(key);
+        Ok(ImageSlot { place, histograms, key, plan })
+    }
+
+    /// Stops watching an image: detaches what no other needs, and forgets its requests in flight. Returns what was
+    /// counted in the end.
+    pub(super) fn unwatch(
+        &mut self,
+        object: &mut Object,
+        slot: ImageSlot,
+    ) -> (Image, Option<ImageHistograms>) {
+        let key = slot.key;
+        if let Some(entry) = self.entries(key).find(|entry| self.key_of(*entry) == Some(key)) {
+            let word = |word| self.table.word(entry * ENTRY_WORDS + word);
+            word(0).store(0, Ordering::Release);
+            word(2).store(0, Ordering::Release);
+            word(1).store(0, Ordering::Relaxed);
+        }
+        self.watched.retain(|watched| *watched != key);
+        if !self.watched.iter().any(|w| w.tgid % PROCESS_FILTER_BITS == key.tgid % PROCESS_FILTER_BITS) {
+            let bit = key.tgid % PROCESS_FILTER_BITS;
+            change_bit(self.filter.word((bit / 64) as usize), bit % 64, false);
+        }
+        slot.plan.hooks().for_each(|hook| self.release(object, hook));
+        self.forget_flights(slot.place);
+        let counted = (self.image(&slot), self.image_histograms(&slot));
+        self.places.give_back(slot.place);
+        slot.histograms.into_iter().for_each(|place| self.histogram_places.give_back(place));
+        counted
+    }
+
+    /// What was counted for an image since it is watched.
+    pub(super) fn image(&self, slot: &ImageSlot) -> Image {
+        self.images.get(slot.place as usize)
+    }
+
+    /// Its latencies, if they are kept.
+    pub(super) fn image_histograms(&self, slot: &ImageSlot) -> Option<ImageHistograms> {
+        slot.histograms.map(|place| self.histograms.get(place as usize))
+    }
+
+    /// Attaches the programs of a hook unless they are.
+    fn need(&mut self, object: &mut Object, hook: Hook) -> Result<(), NotWatched> {
+        let state = &mut self.hooks[hook as usize];
+        state.users += 1;
+        if state.users > 1 {
+            return Ok(());
+        }
+        for &program in hook.programs() {
+            match tracepoint(object, program).and_then(|p| p.attach().map_err(|e| program_error(&e))) {
+                Ok(link) => state.links.push((program, link)),
+                Err(reason) => {
+                    self.release(object, hook);
+                    return Err(NotWatched::Attach { program, reason });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Detaches the programs of a hook unless another image needs them.
+    fn release(&mut self, object: &mut Object, hook: Hook) {
+        let state = &mut self.hooks[hook as usize];
+        state.users = state.users.saturating_sub(1);
+        if state.users > 0 {
+            return;
+        }
+        // What begins requests first.
+        for (program, link) in state.links.drain(..).rev() {
+            let detached =
+                tracepoint(object, program).and_then(|p| p.detach(link).map_err(|e| program_error(&e)));
+            if let Err(reason) = detached {
+                tracing::warn!(program, reason, "cannot be detached");
+            }
+        }
+    }
+
+    /// A request of an image that is no longer watched would never be taken out of the table.
+    fn forget_flights(&mut self, place: u32) {
+        for group in 0..FLIGHT_GROUPS as usize {
+            for at in 0..FLIGHT_PLACES {
+                let key = self.flight_keys.word_of(group, at);
+                if key.load(Ordering::Acquire) != 0 && u32::from(self.flights.get(group)[at].slot) == place {
+                    key.store(0, Ordering::Release);
+                }
+            }
+        }
+    }
+
+    fn entries(&self, key: ImageKey) -> impl Iterator<Item = usize> + use<> {
+        let start = key.table_start();
+        (0..IMAGE_TABLE_PROBES).map(move |i| (start + i) as usize % IMAGE_TABLE_ENTRIES)
+    }
+
+    fn free_entry(&self, key: ImageKey) -> Option<usize> {
+        self.entries(key).find(|entry| self.key_of(*entry).is_none())
+    }
+
+    fn key_of(&self, entry: usize) -> Option<ImageKey> {
+        let word = |word| self.table.word(entry * ENTRY_WORDS + word).load(Ordering::Acquire);
+        #[expect(clippy::cast_possible_truncation, reason = "two halves of a word")]
+        let key = ImageKey { inode: word(1), device: word(2) as u32, tgid: (word(2) >> 32) as u32 };
+        (word(0) != 0).then_some(key)
+    }
+}
+
+fn tracepoint<'a>(object: &'a mut Object, program: &str) -> Result<&'a mut BtfTracePoint, String> {
+    let program = object.program_mut(program).ok_or("not in the object")?;
+    program.try_into().map_err(|e: ProgramError| program_error(&e))
+}

@@ -1,0 +1,356 @@
+//! The images of one domain's disks: which of QEMU's open files and devices belong to which disk, and what the kernel
+//! programs counted for them.
+//!
+//! A disk is the sum of its images: those it has now (a backing chain) and those it had before (a snapshot, another
+//! medium), so that its counters go on when images come and go.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    inventory::{self, Observable, QemuProcess},
+    ledger::new_in_histogram,
+    metric::Metric,
+    sample::{DiskDetail, Values},
+    source::{
+        ebpf::{
+            Aio, Ebpf, FLUSH, Image, ImageHistograms, ImageKind, ImageSlot, NotWatched, Opened, Plan, READ,
+            WRITE,
+        },
+        procfs::{
+            ProcfsError,
+            images::{ImageId, ImageSigns, OpenImage, file_system, open_images},
+        },
+    },
+    units::{Bytes, Count, MonotonicNs, Nanos, SourceKind},
+};
+
+/// Where the kernel does not count descriptors, images are looked for that often.
+const FULL_LOOK_NS: u64 = 10_000_000_000;
+/// The half of a word of [`Image::errnos`] that has the count.
+const LOW: u64 = 0xffff_ffff;
+
+/// The images of a domain.
+#[derive(Debug, Default)]
+pub(super) struct Disks {
+    images: Vec<Watched>,
+    totals: Vec<Total>,
+    signs: Option<ImageSigns>,
+    looked: Option<MonotonicNs>,
+}
+
+/// An image that is watched.
+#[derive(Debug)]
+struct Watched {
+    target: String,
+    id: ImageId,
+    slot: ImageSlot,
+    writable: bool,
+}
+
+/// What is known of a disk beside its images.
+#[derive(Debug)]
+struct Total {
+    target: String,
+    /// Counted for images it no longer has.
+    earlier: Box<(Image, ImageHistograms)>,
+    /// Its latencies as of the last sample that had them.
+    histograms: Option<Box<ImageHistograms>>,
+    /// Why an image of it is not watched.
+    blind: Option<String>,
+    lost: u64,
+}
+
+/// Where to look.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) root: &'a Path,
+    pub(super) process: QemuProcess,
+    pub(super) disks: &'a [inventory::Disk],
+}
+
+impl Disks {
+    /// Nothing is counted.
+    pub(super) fn are_unwatched(&self) -> bool {
+        self.images.is_empty()
+    }
+
+    /// Another description of the disks: look at the images again, whatever `/proc` says.
+    pub(super) fn described(&mut self) {
+        self.signs = None;
+    }
+
+    /// Every slot, at the end of the process.
+    pub(super) fn take_slots(&mut self) -> Vec<ImageSlot> {
+        std::mem::take(self).images.into_iter().map(|image| image.slot).collect()
+    }
+
+    /// Looks whether QEMU opened, closed or replaced an image, and follows. Returns what the reader of the stream has
+    /// to be told.
+    pub(super) fn look(&mut self, ebpf: &mut Ebpf, at: Place<'_>) -> Result<Vec<String>, ProcfsError> {
+        let now = MonotonicNs::now();
+        let due = |signs: &ImageSigns| {
+            !signs.are_complete() && self.looked.is_none_or(|at| now.since(at) >= FULL_LOOK_NS)
+        };
+        if let Some(signs) = &self.signs
+            && signs.again(at.root, at.process) == *signs
+            && !due(signs)
+        {
+            return Ok(Vec::new());
+        }
+        let open = open_images(at.root, at.process)?;
+        self.looked = Some(now);
+        self.signs = Some(ImageSigns::of(
+            at.root,
+            at.process,
+            open.iter().filter_map(|image| image.fds.first().copied()),
+        ));
+        let wanted: Vec<(usize, &OpenImage, Plan)> = open
+            .iter()
+            .filter_map(|image| {
+                let disk = self.disk_of(image, at)?;
+                Some((disk, image, plan(ebpf, image, at, &at.disks[disk])))
+            })
+            .collect();
+        self.keep(ebpf, &wanted, at.disks);
+        let mut notices = Vec::new();
+        for (disk, image, plan) in wanted {
+            if self.images.iter().any(|watched| watched.id == image.id) {
+                continue;
+            }
+            let target = &at.disks[disk].target;
+            match ebpf.watch_image(image.id.key(at.process.tgid), plan) {
+                Ok(slot) => {
+                    self.images.push(Watched {
+                        target: target.clone(),
+                        id: image.id,
+                        slot,
+                        writable: image.writable,
+                    });
+                    self.total(target).blind = None;
+                }
+                Err(NotWatched::Off) => {}
+                Err(error) => {
+                    let total = self.total(target);
+                    let reason = format!("disk {target}, {}: {error}", image.path.display());
+                    if total.blind.as_ref() != Some(&reason) {
+                        total.blind = Some(reason.clone());
+                        notices.push(reason);
+                    }
+                }
+            }
+        }
+        Ok(notices)
+    }
+
+    /// Stops watching what is no longer there, or is another disk's, or has to be counted otherwise.
+    fn keep(&mut self, ebpf: &mut Ebpf, wanted: &[(usize, &OpenImage, Plan)], disks: &[inventory::Disk]) {
+        let stays = |watched: &Watched| {
+            wanted.iter().any(|(disk, image, plan)| {
+                image.id == watched.id
+                    && disks[*disk].target == watched.target
+                    && *plan == watched.slot.plan()
+            })
+        };
+        let (stay, go) = std::mem::take(&mut self.images).into_iter().partition(stays);
+        self.images = stay;
+        for watched in go {
+            let Some((image, histograms)) = ebpf.unwatch_image(watched.slot) else { continue };
+            let total = self.total(&watched.target);
+            add(&mut total.earlier.0, &image);
+            if let Some(histograms) = histograms {
+                add_histograms(&mut total.earlier.1, &histograms);
+            }
+        }
+        self.totals.retain(|total| disks.iter().any(|disk| disk.target == total.target));
+    }
+
+    /// The disk that an image belongs to: by its path, by what the disk's paths lead to, or as before.
+    fn disk_of(&self, image: &OpenImage, at: Place<'_>) -> Option<usize> {
+        let paths = |disk: &inventory::Disk| {
+            let top = (disk.observable == Observable::Yes).then_some(disk.source.clone()).flatten();
+            top.into_iter().chain(disk.backing_chain.clone()).map(PathBuf::from).collect::<Vec<_>>()
+        };
+        let by = |belongs: &dyn Fn(&Path) -> bool| {
+            at.disks.iter().position(|disk| paths(disk).iter().any(|path| belongs(path)))
+        };
+        let inside = at.root.join(at.process.tgid.to_string()).join("root");
+        let leads_there = |path: &Path| {
+            let path = inside.join(path.strip_prefix("/").unwrap_or(path));
+            ImageId::of_path(&path).is_some_and(|id| id == image.id)
+        };
+        by(&|path| path == image.path).or_else(|| by(&leads_there)).or_else(|| {
+            let known = self.images.iter().find(|watched| watched.id == image.id)?;
+            at.disks.iter().position(|disk| disk.target == known.target)
+        })
+    }
+
+    fn total(&mut self, target: &str) -> &mut Total {
+        let at = self.totals.iter().position(|total| total.target == target).unwrap_or_else(|| {
+            self.totals.push(Total {
+                target: target.to_owned(),
+                earlier: Box::new((Image::ZERO, ImageHistograms::ZERO)),
+                histograms: None,
+                blind: None,
+                lost: 0,
+            });
+            self.totals.len() - 1
+        });
+        &mut self.totals[at]
+    }
+
+    /// Puts the figures of one disk. Returns how many requests more could not be timed.
+    pub(super) fn put(
+        &mut self,
+        ebpf: &Ebpf,
+        target: &str,
+        (values, detail): (&mut Values, &mut DiskDetail),
+    ) -> u64 {
+        let Some(seen) = self.seen(target) else { return 0 };
+        let images = self.images.iter().filter(|watched| watched.target == target);
+        let Some(total) = self.totals.iter_mut().find(|total| total.target == target) else { return 0 };
+        let mut sum = total.earlier.0;
+        images.filter_map(|watched| ebpf.image(&watched.slot)).for_each(|image| add(&mut sum, &image));
+        put_image(values, &sum, seen);
+        detail.errors = errors(&sum);
+        let lost = sum.untimed.saturating_sub(total.lost);
+        total.lost = sum.untimed;
+        lost
+    }
+
+    /// Puts the latencies of one disk since the last call.
+    pub(super) fn put_histograms(&mut self, ebpf: &Ebpf, target: &str, detail: &mut DiskDetail) {
+        let Some(seen) = self.seen(target) else { return };
+        let images = self.images.iter().filter(|watched| watched.target == target);
+        let Some(total) = self.totals.iter_mut().find(|total| total.target == target) else { return };
+        let mut now = Box::new(total.earlier.1);
+        images
+            .filter_map(|watched| ebpf.image_histograms(&watched.slot))
+            .for_each(|histograms| add_histograms(&mut now, &histograms));
+        let before = total.histograms.get_or_insert_with(|| Box::new(ImageHistograms::ZERO));
+        let new = |operation: u32| {
+            let at = operation as usize;
+            Some(new_in_histogram(&before.operations[at], &now.operations[at]))
+        };
+        if seen.data {
+            (detail.rd_hist, detail.wr_hist) = (new(READ), new(WRITE));
+        }
+        if seen.flush {
+            detail.fl_hist = new(FLUSH);
+        }
+        total.histograms = Some(now);
+    }
+
+    /// `None` if the disk has no image that is watched, or one that cannot be: a part of its figures is none.
+    fn seen(&self, target: &str) -> Option<Seen> {
+        let total = self.totals.iter().find(|total| total.target == target)?;
+        let images = || self.images.iter().filter(|watched| watched.target == target);
+        (images().next().is_some() && total.blind.is_none()).then(|| Seen {
+            data: images().all(|image| image.slot.plan().data.is_some()),
+            flush: images().all(|image| !image.writable || image.slot.plan().flush.is_some()),
+        })
+    }
+}
+
+/// Which requests of a disk are seen.
+#[derive(Clone, Copy)]
+struct Seen {
+    data: bool,
+    flush: bool,
+}
+
+fn plan(ebpf: &Ebpf, image: &OpenImage, at: Place<'_>, disk: &inventory::Disk) -> Plan {
+    let kind = match image.id {
+        ImageId::Device(_) => ImageKind::Device,
+        ImageId::File { .. } => {
+            let fd = image.fds.first().copied().unwrap_or_default();
+            ImageKind::File(file_system(at.root, at.process, fd).unwrap_or(0))
+        }
+    };
+    let opened = Opened { kind, direct: image.direct, aio: Aio::of_name(disk.io.as_deref()) };
+    Plan::of(opened, |hook| ebpf.can(hook))
+}
+
+fn put_image(values: &mut Values, image: &Image, seen: Seen) {
+    const EBPF: SourceKind = SourceKind::Ebpf;
+    let [read, write, flush] = [READ, WRITE, FLUSH].map(|o| image.operations[o as usize]);
+    let in_flight = [read, write, flush].map(|o| o.begun.saturating_sub(o.done + o.failed)).iter().sum();
+    if seen.data {
+        values.put(EBPF, Metric::DiskRdReq, Count(read.done));
+        values.put(EBPF, Metric::DiskRdBytes, Bytes(read.bytes));
+        values.put(EBPF, Metric::DiskRdTime, Nanos(read.time_ns));
+        values.put(EBPF, Metric::DiskWrReq, Count(write.done));
+        values.put(EBPF, Metric::DiskWrBytes, Bytes(write.bytes));
+        values.put(EBPF, Metric::DiskWrTime, Nanos(write.time_ns));
+        values.put(EBPF, Metric::DiskErrs, Count(read.failed + write.failed + flush.failed));
+        values.put(EBPF, Metric::DiskInflight, Count(in_flight));
+        values.put(EBPF, Metric::DiskOpenReq, Count(image.open_requests));
+        values.put(EBPF, Metric::DiskOpenBytes, Bytes(image.open_bytes));
+    }
+    if seen.flush {
+        values.put(EBPF, Metric::DiskFlReq, Count(flush.done));
+        values.put(EBPF, Metric::DiskFlTime, Nanos(flush.time_ns));
+        values.put(EBPF, Metric::DiskDiscardReq, Count(image.discards));
+        values.put(EBPF, Metric::DiskDiscardBytes, Bytes(image.discard_bytes));
+        values.put(EBPF, Metric::DiskZeroReq, Count(image.zeroes));
+        values.put(EBPF, Metric::DiskZeroBytes, Bytes(image.zero_bytes));
+    }
+}
+
+/// Failed requests by error number; an empty list where there was none.
+fn errors(image: &Image) -> Vec<(u32, u64)> {
+    let split = |word: &u64| ((word >> 32) as u32, word & LOW);
+    let mut errors: Vec<_> = image.errnos.iter().map(split).filter(|(_, count)| *count > 0).collect();
+    if image.other_errors > 0 {
+        errors.push((0, image.other_errors));
+    }
+    errors.sort_unstable();
+    errors
+}
+
+fn add(sum: &mut Image, image: &Image) {
+    for (sum, one) in sum.operations.iter_mut().zip(&image.operations) {
+        // What is still in flight when an image goes is over for this account.
+        sum.begun += one.begun;
+        sum.done += one.done;
+        sum.failed += one.failed;
+        sum.bytes += one.bytes;
+        sum.time_ns += one.time_ns;
+    }
+    sum.discards += image.discards;
+    sum.discard_bytes += image.discard_bytes;
+    sum.zeroes += image.zeroes;
+    sum.zero_bytes += image.zero_bytes;
+    sum.open_requests += image.open_requests;
+    sum.open_bytes += image.open_bytes;
+    sum.untimed += image.untimed;
+    sum.other_errors += image.other_errors;
+    for word in image.errnos.iter().filter(|word| **word != 0) {
+        match sum.errnos.iter_mut().find(|place| **place >> 32 == word >> 32 || **place == 0) {
+            Some(place) => *place = (word & !LOW) | ((*place & LOW) + (word & LOW)),
+            None => sum.other_errors += word & LOW,
+        }
+    }
+}
+
+fn add_histograms(sum: &mut ImageHistograms, image: &ImageHistograms) {
+    for (sum, one) in sum.operations.iter_mut().zip(&image.operations) {
+        for (sum, one) in sum.iter_mut().zip(one) {
+            *sum = sum.wrapping_add(*one);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_several_images_are_summed_by_number() {
+        let mut sum = Image::ZERO;
+        let image = Image { errnos: [5 << 32 | 2, 28 << 32 | 1, 0, 0, 0, 0, 0, 0], ..Image::ZERO };
+        add(&mut sum, &image);
+        add(&mut sum, &Image { errnos: [28 << 32 | 4, 0, 0, 0, 0, 0, 0, 0], other_errors: 3, ..Image::ZERO });
+        assert_eq!(errors(&sum), [(0, 3), (5, 2), (28, 5)]);
+        assert_eq!(errors(&Image::ZERO), []);
+    }
+}
