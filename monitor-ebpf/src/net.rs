@@ -1,10 +1,13 @@
 //! What passes watched network devices: taps of VMs.
 //!
-//! Every packet of the host runs through these programs, so the first thing each does is to test one bit for the
-//! device's index. A packet that the host sends through a device meets two of them: `net_dev_start_xmit`, where it can
-//! still be looked at, and `net_dev_xmit`, where it is known whether the driver took it, but may be gone already
-//! because the other side was faster. Both run on one CPU with bottom halves disabled, so the first leaves a note in
-//! the CPU's own cell for the second. For the same reason no count needs a lock.
+//! Every packet of the host runs through these programs, so the first thing each does is to find out whether the device
+//! is watched, by one bit for its index. A packet that the host sends through a device meets two of them:
+//! `net_dev_start_xmit`, where it can still be looked at, and `net_dev_xmit`, where it is known whether the driver took
+//! it, but may be gone already because the other side was faster. Both run on one CPU with bottom halves disabled, so
+//! the first leaves a note for the second, who looks at nothing else. For the same reason no count needs a lock.
+//!
+//! Classifiers on the devices (tcx) would cost other devices nothing, but see a packet before the queueing discipline and
+//! before it is segmented for a device that cannot: what the guest gets is known here only.
 //!
 //! A clock is read per packet only while there are few: see [`count_window`].
 
@@ -17,9 +20,9 @@ use aya_ebpf::{
 };
 use monitor_ebpf::{
     DROP_AFTER_DEVICE, DROP_BEFORE_DEVICE, DROP_IN_DEVICE, MAC_SAMPLE, NIC_FILTER_BITS, NIC_QUEUES,
-    NIC_TABLE_ENTRIES, NIC_TABLE_PROBES, NICS, NetLayout, Nic, NicCell, NicDrop, NicFilter, NicQueue,
-    NicSide, NicTable, NicWindows, OPEN_WINDOWS, PENDING, PENDING_TAGGED, WINDOW_MILLISECONDS, WINDOW_PACKET,
-    Window, drop_key, nic_key, nic_start, pending_queue, pending_wire, window_bucket,
+    NIC_TABLE_ENTRIES, NIC_TABLE_PROBES, NICS, NetLayout, Nic, NicCell, NicDrop, NicFilter, NicNotes,
+    NicQueue, NicSide, NicTable, NicWindows, OPEN_WINDOWS, WINDOW_MILLISECONDS, WINDOW_PACKET, Window,
+    drop_key, nic_key, nic_start, window_bucket,
 };
 
 use crate::{
@@ -39,6 +42,9 @@ static LIST: Array<Nic> = Array::with_max_entries(NICS, BPF_F_MMAPABLE);
 /// User space gives it room for all CPUs.
 #[map(name = "NIC_CELLS")]
 static CELLS: Array<NicCell> = Array::with_max_entries(NICS, BPF_F_MMAPABLE);
+/// One for each CPU; user space gives it room for all.
+#[map(name = "NIC_NOTES")]
+static NOTES: Array<NicNotes> = Array::with_max_entries(1, 0);
 /// Two for each place: `xmit`, then `receive`.
 #[map(name = "NIC_WINDOWS")]
 static WINDOWS: Array<NicWindows> = Array::with_max_entries(2 * NICS, BPF_F_MMAPABLE);
@@ -49,6 +55,13 @@ static QUEUES: Array<NicQueue> = Array::with_max_entries(NIC_QUEUES, BPF_F_MMAPA
 const ETHERNET_HEADER: u32 = 14;
 /// Length of a VLAN tag.
 const VLAN_TAG: u32 = 4;
+/// No packet of so many bytes is cut: headers of Ethernet, IPv4 and TCP, and the least that the kernel takes for a
+/// segment (`TCP_MIN_SND_MSS`).
+const SHORT: u32 = 14 + 20 + 20 + 48;
+/// A longer one than any that is usual on a wire, two VLAN tags included.
+const PLAIN: u32 = 1522;
+/// `CHECKSUM_PARTIAL` of `include/linux/skbuff.h`.
+const CHECKSUM_PARTIAL: u32 = 3;
 /// `NET_XMIT_DROP`, `NET_XMIT_CN` and `NETDEV_TX_BUSY` of `include/linux/netdevice.h`: thrown away; taken, but the
 /// way is congested; not taken, will be sent again.
 const XMIT_CONGESTED: u32 = 2;
@@ -64,15 +77,21 @@ pub(crate) fn net_dev_start_xmit(ctx: BtfTracePointContext) -> i32 {
     let dev: Address = ctx.arg(1);
     // SAFETY: an argument of a BTF tracepoint.
     let Some(place) = (unsafe { watched(dev) }) else { return 0 };
-    let Some(cell) = cell(place) else { return 0 };
+    let Some(NicNotes { notes: [outer, inner], .. }) = notes() else { return 0 };
     let skb: Address = ctx.arg(0);
+    let device = dev as u64;
+    let note = if outer.device == 0 || outer.device == device { outer } else { inner };
     // SAFETY: an argument of a BTF tracepoint.
     unsafe {
         let len: u32 = load(skb, offset(&NET_LAYOUT.skb_len));
-        let queue: u16 = load(skb, offset(&NET_LAYOUT.skb_queue_mapping));
-        let tagged = if is_tagged(skb) { PENDING_TAGGED } else { 0 };
-        cell.xmit.pending = PENDING | tagged | u64::from(queue) << 32 | u64::from(wire_packets(skb, len));
-        if cell.xmit.packets % MAC_SAMPLE == 0 {
+        note.device = device;
+        note.place = place;
+        note.wire = wire_packets(skb, len);
+        note.queue = u32::from(load::<u16>(skb, offset(&NET_LAYOUT.skb_queue_mapping)));
+        note.tag = if is_tagged(skb) { VLAN_TAG } else { 0 };
+        if let Some(cell) = cell(place)
+            && cell.xmit.packets % MAC_SAMPLE == 0
+        {
             look_at_source(place, 0, skb);
         }
     }
@@ -83,30 +102,29 @@ pub(crate) fn net_dev_start_xmit(ctx: BtfTracePointContext) -> i32 {
 /// the packet, which may be freed by now. Adds it to its device if the driver took it, else to the refused ones.
 #[btf_tracepoint(function = "net_dev_xmit")]
 pub(crate) fn net_dev_xmit(ctx: BtfTracePointContext) -> i32 {
-    let dev: Address = ctx.arg(2);
-    // SAFETY: an argument of a BTF tracepoint.
-    let Some(place) = (unsafe { watched(dev) }) else { return 0 };
-    let Some(cell) = cell(place) else { return 0 };
-    let (rc, len) = (ctx.arg::<u32>(1), ctx.arg::<u32>(3));
-    let pending = core::mem::replace(&mut cell.xmit.pending, 0);
+    let device = ctx.arg::<u64>(2);
+    let Some(NicNotes { notes: [outer, inner], .. }) = notes() else { return 0 };
+    let note = if outer.device == device { outer } else { inner };
+    if note.device != device {
+        return 0;
+    }
+    note.device = 0;
+    let rc: u32 = ctx.arg(1);
     if rc != 0 && rc != XMIT_CONGESTED {
         if rc != TX_BUSY
-            && let Some(nic) = nic(place)
+            && let Some(nic) = nic(note.place)
         {
             Word::of(&nic.refused).add(1);
         }
         return 0;
     }
-    let packet = Packet {
-        bytes: if pending & PENDING_TAGGED != 0 { len + VLAN_TAG } else { len },
-        wire: pending_wire(pending),
-        queue: pending_queue(pending),
-    };
-    count(&mut cell.xmit, &packet);
-    count_window(&mut cell.xmit, packet.bytes, 2 * place);
-    if let Some(queue) = queue(place, packet.queue) {
+    let Some(cell) = cell(note.place) else { return 0 };
+    let bytes = ctx.arg::<u32>(3) + note.tag;
+    count(&mut cell.xmit, bytes, note.wire);
+    count_window(&mut cell.xmit, bytes, 2 * note.place);
+    if let Some(queue) = queue(&cell.xmit, note.queue) {
         Word::of(&queue.xmit_packets).add(1);
-        Word::of(&queue.xmit_bytes).add(u64::from(packet.bytes));
+        Word::of(&queue.xmit_bytes).add(u64::from(bytes));
     }
     0
 }
@@ -122,20 +140,18 @@ pub(crate) fn netif_receive_skb(ctx: BtfTracePointContext) -> i32 {
         let Some(place) = watched(dev) else { return 0 };
         let Some(cell) = cell(place) else { return 0 };
         let len: u32 = load::<u32>(skb, offset(&NET_LAYOUT.skb_len)) + ETHERNET_HEADER;
-        let packet = Packet {
-            bytes: if is_tagged(skb) { len + VLAN_TAG } else { len },
-            wire: wire_packets(skb, len),
-            // `skb_record_rx_queue()` stores the number plus 1.
-            queue: load::<u16>(skb, offset(&NET_LAYOUT.skb_queue_mapping)).wrapping_sub(1),
-        };
+        let bytes = if is_tagged(skb) { len + VLAN_TAG } else { len };
+        let wire = wire_packets(skb, len);
         if cell.receive.packets % MAC_SAMPLE == 0 {
             look_at_source(place, 1, skb);
         }
-        count(&mut cell.receive, &packet);
-        count_window(&mut cell.receive, packet.bytes, 2 * place + 1);
-        if let Some(queue) = queue(place, packet.queue) {
+        count(&mut cell.receive, bytes, wire);
+        count_window(&mut cell.receive, bytes, 2 * place + 1);
+        // `skb_record_rx_queue()` stores the number plus 1.
+        let number = u32::from(load::<u16>(skb, offset(&NET_LAYOUT.skb_queue_mapping))).wrapping_sub(1);
+        if let Some(queue) = queue(&cell.receive, number) {
             Word::of(&queue.receive_packets).add(1);
-            Word::of(&queue.receive_bytes).add(u64::from(packet.bytes));
+            Word::of(&queue.receive_bytes).add(u64::from(bytes));
         }
     }
     0
@@ -151,10 +167,11 @@ pub(crate) fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
     unsafe {
         let dev: Address = load(skb, offset(&NET_LAYOUT.skb_dev));
         let Some(place) = watched(dev) else { return 0 };
-        let (Some(cell), Some(nic)) = (cell(place), nic(place)) else { return 0 };
+        let (Some(notes), Some(nic)) = (notes(), nic(place)) else { return 0 };
+        let device = dev as u64;
         // Set by `__netif_receive_skb_core()`: the packet came from here.
         let came_from: u32 = load(skb, offset(&NET_LAYOUT.skb_iif));
-        let at = if cell.xmit.pending != 0 {
+        let at = if notes.notes[0].device == device || notes.notes[1].device == device {
             DROP_IN_DEVICE
         } else if came_from == load(dev, offset(&NET_LAYOUT.dev_ifindex)) {
             DROP_AFTER_DEVICE
@@ -166,18 +183,20 @@ pub(crate) fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-/// What is counted of one packet.
-struct Packet {
-    bytes: u32,
-    wire: u32,
-    queue: u16,
+#[inline(always)]
+pub(crate) fn count(side: &mut NicSide, bytes: u32, wire: u32) {
+    side.packets += 1;
+    side.bytes += u64::from(bytes);
+    side.wire_packets += u64::from(wire);
 }
 
+/// The notes of this CPU.
 #[inline(always)]
-fn count(side: &mut NicSide, packet: &Packet) {
-    side.packets += 1;
-    side.bytes += u64::from(packet.bytes);
-    side.wire_packets += u64::from(packet.wire);
+fn notes() -> Option<&'static mut NicNotes> {
+    // SAFETY: plain helper call.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    // SAFETY: a valid map value; only this CPU changes it, see the top of this file.
+    unsafe { NOTES.get_ptr_mut(cpu)?.as_mut() }
 }
 
 /// The place of a device, if it is watched.
@@ -214,7 +233,7 @@ unsafe fn watched(dev: Address) -> Option<u32> {
 
 /// The counts of a device on this CPU.
 #[inline(always)]
-fn cell(place: u32) -> Option<&'static mut NicCell> {
+pub(crate) fn cell(place: u32) -> Option<&'static mut NicCell> {
     // SAFETY: plain helper call.
     let cpu = unsafe { bpf_get_smp_processor_id() };
     // SAFETY: a valid map value; only this CPU changes it, see the top of this file.
@@ -222,20 +241,19 @@ fn cell(place: u32) -> Option<&'static mut NicCell> {
 }
 
 #[inline(always)]
-fn nic(place: u32) -> Option<&'static Nic> {
+pub(crate) fn nic(place: u32) -> Option<&'static Nic> {
     // SAFETY: a valid map value; what changes in it is accessed atomically.
     unsafe { LIST.get_ptr(place)?.as_ref() }
 }
 
 /// A queue of a device whose queues are counted by themselves.
 #[inline(always)]
-fn queue(place: u32, queue: u16) -> Option<&'static NicQueue> {
-    let nic = nic(place)?;
-    if u32::from(queue) >= nic.queues {
+fn queue(side: &NicSide, queue: u32) -> Option<&'static NicQueue> {
+    if queue >= side.queues {
         return None;
     }
     // SAFETY: a valid map value, accessed atomically.
-    unsafe { QUEUES.get_ptr(nic.first_queue + u32::from(queue))?.as_ref() }
+    unsafe { QUEUES.get_ptr(side.first_queue + queue)?.as_ref() }
 }
 
 /// Whether there is a VLAN tag that is not in the packet's bytes.
@@ -255,12 +273,32 @@ unsafe fn is_tagged(skb: Address) -> bool {
     }
 }
 
+/// Whether a packet can be one that will be cut into segments, which is known for sure from its shared information only,
+/// dear to read as that is. Whoever cuts it has to make the checksums, so they must not be there yet (the kernel's stack
+/// and virtio's specification demand that), unless it is too large to be sent as it is.
+///
+/// # Safety
+/// `skb` must be a pointer that the verifier trusts.
+#[inline(always)]
+unsafe fn may_be_segmented(skb: Address, len: u32) -> bool {
+    if len <= SHORT || len > PLAIN {
+        return len > SHORT;
+    }
+    // SAFETY: by the caller.
+    let bits: u8 = unsafe { load(skb, offset(&NET_LAYOUT.skb_ip_summed)) };
+    (u32::from(bits) >> offset(&NET_LAYOUT.skb_ip_summed_bit)) & 3 == CHECKSUM_PARTIAL
+}
+
 /// How many packets a packet becomes on a wire. `len` with the Ethernet header.
 ///
 /// # Safety
 /// `skb` must be a pointer that the verifier trusts.
 #[inline(always)]
 unsafe fn wire_packets(skb: Address, len: u32) -> u32 {
+    // SAFETY: by the caller.
+    if !unsafe { may_be_segmented(skb, len) } {
+        return 1;
+    }
     // SAFETY: by the caller.
     let (head, end) = unsafe {
         (load::<u64>(skb, offset(&NET_LAYOUT.skb_head)), load::<u32>(skb, offset(&NET_LAYOUT.skb_end)))
@@ -313,18 +351,18 @@ unsafe fn look_at_source(place: u32, direction: usize, skb: Address) {
 }
 
 /// A packet each this often or more often makes the clock too dear to be read for all.
-const DENSE_NS: u64 = 8_000;
+const DENSE_NS: u64 = 4_000;
 /// Packets that are then counted without reading it.
-const CREDIT: u32 = 7;
+const CREDIT: u32 = 15;
 
 /// Adds a packet to the millisecond it passes in.
 ///
 /// A clock costs more than all the rest, so it is read at each packet only while they come more than [`DENSE_NS`]
 /// apart. Else the next [`CREDIT`] packets count into the same millisecond, unless the kernel's tick says that time went
-/// on: a window is wrong by those at most, one in eighteen. Each CPU sums for itself, and hands in its sum when a
+/// on: a window is wrong by those at most, one in sixteen. Each CPU sums for itself, and hands in its sum when a
 /// packet falls into a later millisecond; user space collects what was left behind. `of` is the place in `WINDOWS`.
 #[inline(always)]
-fn count_window(side: &mut NicSide, bytes: u32, of: u32) {
+pub(crate) fn count_window(side: &mut NicSide, bytes: u32, of: u32) {
     let add = WINDOW_PACKET + u64::from(bytes);
     // SAFETY: plain helper call.
     let jiffy = unsafe { bpf_jiffies64() };

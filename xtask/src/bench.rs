@@ -7,8 +7,8 @@ use crate::{build, process};
 /// The subcommand.
 pub(crate) fn run(args: &[String]) -> Result<()> {
     let words: Vec<_> = args.iter().map(String::as_str).collect();
-    let [name @ ("sched" | "kvm")] = words[..] else {
-        bail!("bench takes the name of a benchmark: sched or kvm")
+    let [name @ ("kvm" | "net" | "sched")] = words[..] else {
+        bail!("bench takes the name of a benchmark: kvm, net or sched")
     };
     ensure!(process::is_root(), "bench needs root, because it loads kernel programs: run it with sudo");
     let mut cargo = build::host_cargo("bench")?;

@@ -64,9 +64,10 @@ pub struct NicSide {
     pub bytes: u64,
     /// Packets on the wire: what a GSO packet becomes.
     pub wire_packets: u64,
-    /// For `xmit`: what `net_dev_start_xmit` saw of the packet that the driver has at this moment; 0 = none. See
-    /// [`Pending`].
-    pub pending: u64,
+    /// First of the device's queues in their map; written by user space.
+    pub first_queue: u32,
+    /// How many of them are counted by themselves; 0 = none. Written by user space.
+    pub queues: u32,
     /// The window that packets on this CPU are added to, see [`Window`].
     pub window: u64,
     /// `CLOCK_MONOTONIC` when the clock was last read, nanoseconds.
@@ -85,7 +86,8 @@ impl NicSide {
         packets: 0,
         bytes: 0,
         wire_packets: 0,
-        pending: 0,
+        first_queue: 0,
+        queues: 0,
         window: 0,
         clock_ns: 0,
         jiffy: 0,
@@ -109,26 +111,40 @@ impl NicCell {
     pub const ZERO: Self = Self { xmit: NicSide::ZERO, receive: NicSide::ZERO };
 }
 
-/// What is known of a packet that the driver has: [`PENDING`], [`PENDING_TAGGED`], the queue in bits 32 to 47, the
-/// packets on the wire in the lower half.
-pub type Pending = u64;
-/// There is a packet.
-pub const PENDING: u64 = 1 << 63;
-/// Its VLAN tag is not in its bytes yet.
-pub const PENDING_TAGGED: u64 = 1 << 62;
-
-/// The packets on the wire of a [`Pending`].
-#[must_use]
-#[inline(always)]
-pub const fn pending_wire(pending: Pending) -> u32 {
-    (pending & 0xffff_ffff) as u32
+/// What `net_dev_start_xmit` saw of the packet that a watched device's driver has at this moment on one CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NicNote {
+    /// Address of the device; 0 = none has a packet.
+    pub device: u64,
+    /// Its place.
+    pub place: u32,
+    /// Packets on the wire that the packet becomes.
+    pub wire: u32,
+    /// The queue it goes to.
+    pub queue: u32,
+    /// Bytes of a VLAN tag that is not among the packet's bytes yet.
+    pub tag: u32,
 }
 
-/// The queue of a [`Pending`].
-#[must_use]
-#[inline(always)]
-pub const fn pending_queue(pending: Pending) -> u16 {
-    (pending >> 32 & 0xffff) as u16
+impl NicNote {
+    /// Nothing.
+    pub const ZERO: Self = Self { device: 0, place: 0, wire: 0, queue: 0, tag: 0 };
+}
+
+/// The notes of one CPU: a driver may send through another device meanwhile, as a macvtap does.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NicNotes {
+    /// The outer one first.
+    pub notes: [NicNote; 2],
+    /// Nothing; there is no padding.
+    pub reserved: [u64; 2],
+}
+
+impl NicNotes {
+    /// Nothing.
+    pub const ZERO: Self = Self { notes: [NicNote::ZERO; 2], reserved: [0; 2] };
 }
 
 /// What passed in one millisecond, in one word so that it changes at once: the millisecond of `CLOCK_MONOTONIC` modulo
@@ -253,10 +269,6 @@ pub struct NicDrop {
 pub struct Nic {
     /// The device, see [`nic_key`]; written by user space.
     pub key: u64,
-    /// First of its queues in their map; written by user space.
-    pub first_queue: u32,
-    /// How many of them are counted by themselves; 0 = none.
-    pub queues: u32,
     /// Packets that the driver refused: what it returned was no success.
     pub refused: u64,
     /// Source address of the packet that was looked at last, by direction (xmit, receive); in the lower six bytes, the
@@ -267,20 +279,18 @@ pub struct Nic {
     /// Drops by place and reason.
     pub drops: [NicDrop; NIC_DROPS],
     /// Nothing; there is no padding.
-    pub reserved: [u64; 2],
+    pub reserved: [u64; 3],
 }
 
 impl Nic {
     /// A free place.
     pub const ZERO: Self = Self {
         key: 0,
-        first_queue: 0,
-        queues: 0,
         refused: 0,
         source_mac: [0; 2],
         other_drops: 0,
         drops: [NicDrop { key: 0, packets: 0 }; NIC_DROPS],
-        reserved: [0; 2],
+        reserved: [0; 3],
     };
 }
 
@@ -322,6 +332,10 @@ pub struct NetLayout {
     pub skb_vlan: u32,
     /// The bit of `vlan_present` in that byte; 0 where there is `vlan_all`.
     pub skb_vlan_bit: u32,
+    /// The byte that holds `sk_buff.ip_summed`.
+    pub skb_ip_summed: u32,
+    /// The lower one of its two bits.
+    pub skb_ip_summed_bit: u32,
     /// `sk_buff.mac_header`.
     pub skb_mac_header: u32,
     /// `sk_buff.transport_header`.
@@ -350,6 +364,8 @@ impl NetLayout {
         skb_iif: 0,
         skb_vlan: 0,
         skb_vlan_bit: 0,
+        skb_ip_summed: 0,
+        skb_ip_summed_bit: 0,
         skb_mac_header: 0,
         skb_transport_header: 0,
         shared_gso_size: 0,
@@ -363,7 +379,8 @@ impl NetLayout {
 const _: () = assert!(size_of::<NicSide>() == 64 && size_of::<NicCell>() == 128);
 const _: () = assert!(size_of::<Nic>() == 448);
 const _: () = assert!(size_of::<NicWindows>() == 80 + 4 * WINDOW_BUCKETS);
-const _: () = assert!(size_of::<NetLayout>() == 64);
+const _: () = assert!(size_of::<NicNotes>() == 64);
+const _: () = assert!(size_of::<NetLayout>() == 72);
 const _: () = assert!(NICS as usize * 4 == NIC_TABLE_ENTRIES);
 
 #[cfg(test)]

@@ -88,10 +88,23 @@ impl NetSpace {
         })
     }
 
+    /// Takes every packet of [`frame`] that a device inside receives, and forgets it: else the kernel would drop it, since
+    /// nobody listens. Lasts as long as the value.
+    pub fn swallow(&self, device: &str) -> Result<OwnedFd> {
+        let index = self.ifindex(device)?;
+        self.run(|| {
+            let socket = FrameSocket::open(index, (VnetHeader::No, ETHERTYPE))?;
+            let nothing = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 }; // BPF_RET | BPF_K: take 0 bytes.
+            let program = libc::sock_fprog { len: 1, filter: (&raw const nothing).cast_mut() };
+            socket.set(libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, program)?;
+            Ok(socket.0)
+        })
+    }
+
     /// A socket that sends whole frames through a device inside. With `vnet`, each begins with a `virtio_net_hdr`.
     pub fn frame_socket(&self, device: &str, vnet: VnetHeader) -> Result<FrameSocket> {
         let index = self.ifindex(device)?;
-        self.run(|| FrameSocket::open(index, vnet))
+        self.run(|| FrameSocket::open(index, (vnet, 0)))
     }
 }
 
@@ -202,20 +215,22 @@ fn open_queue(name: &str, queues: usize, vnet: VnetHeader) -> Result<File> {
 pub struct FrameSocket(OwnedFd);
 
 impl FrameSocket {
-    fn open(ifindex: u32, vnet: VnetHeader) -> Result<Self> {
-        // SAFETY: no pointers. Protocol 0: it receives nothing.
+    /// With protocol 0 it receives nothing.
+    fn open(ifindex: u32, (vnet, protocol): (VnetHeader, u16)) -> Result<Self> {
+        // SAFETY: no pointers.
         let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
         ensure!(fd >= 0, "packet socket: {}", io::Error::last_os_error());
         // SAFETY: just opened, and nobody else's.
         let socket = Self(unsafe { OwnedFd::from_raw_fd(fd) });
         if vnet == VnetHeader::Yes {
-            socket.set(libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1)?;
+            socket.set(libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1_i32)?;
         }
         // Large enough that a full send buffer is never why a frame is not sent.
-        socket.set(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, 64 << 20)?;
+        socket.set(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, 64_i32 << 20)?;
         // SAFETY: zeroes are a valid address.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = u16::try_from(libc::AF_PACKET)?;
+        address.sll_protocol = protocol.to_be();
         address.sll_ifindex = i32::try_from(ifindex)?;
         let length = libc::socklen_t::try_from(size_of::<libc::sockaddr_ll>())?;
         // SAFETY: the address lives during the call and has that length.
@@ -224,8 +239,9 @@ impl FrameSocket {
         Ok(socket)
     }
 
-    fn set(&self, level: i32, option: i32, value: libc::c_int) -> Result<()> {
-        let length = libc::socklen_t::try_from(size_of::<libc::c_int>())?;
+    /// `T` is what the option takes.
+    fn set<T>(&self, level: i32, option: i32, value: T) -> Result<()> {
+        let length = libc::socklen_t::try_from(size_of::<T>())?;
         // SAFETY: the value lives during the call and has that length.
         let set =
             unsafe { libc::setsockopt(self.0.as_raw_fd(), level, option, (&raw const value).cast(), length) };

@@ -104,6 +104,7 @@ pub fn net(btf: &Btf, cpus: u32) -> Result<NetLayout, LayoutError> {
         }
         Err(error) => return Err(error),
     };
+    let ip_summed = bit_offset(btf, "sk_buff", "ip_summed")?;
     let shared_gso_size = at("skb_shared_info", "gso_size")?;
     if at("skb_shared_info", "gso_segs")? != shared_gso_size + 2 {
         return Err(LayoutError::NoField { structure: "skb_shared_info", field: "gso_segs after gso_size" });
@@ -118,6 +119,8 @@ pub fn net(btf: &Btf, cpus: u32) -> Result<NetLayout, LayoutError> {
         skb_iif: at("sk_buff", "skb_iif")?,
         skb_vlan,
         skb_vlan_bit,
+        skb_ip_summed: ip_summed / 8,
+        skb_ip_summed_bit: ip_summed % 8,
         skb_mac_header: at("sk_buff", "mac_header")?,
         skb_transport_header: at("sk_buff", "transport_header")?,
         shared_gso_size,

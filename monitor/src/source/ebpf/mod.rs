@@ -12,6 +12,7 @@ mod kvm;
 pub mod layout;
 mod mapped;
 mod net;
+mod net_bench;
 pub mod probes;
 mod process;
 mod sched;
@@ -29,6 +30,7 @@ pub use self::{
         READ, WRITE,
     },
     net::NicSlot,
+    net_bench::NetYardstick,
     process::ProcessSlot,
     sched::{GroupSlot, Keep, NotFollowed, Slot},
     times::{Doing, Happened, ProcessTimes, ThreadTimes, Torn},
@@ -54,7 +56,7 @@ use self::{
     kvm::Kvm,
     layout::LayoutError,
     mapped::Mapped,
-    net::{Net, With},
+    net::Net,
     probes::{Attach, Need, PROBES, Probe, ProbeGroup, ProbeState},
     process::Processes,
     sched::Sched,
@@ -173,7 +175,7 @@ impl Ebpf {
         if let Some(layout) = &net_layout {
             loader.override_global("NET_LAYOUT", layout, true);
         }
-        loader.map_max_entries("NIC_CELLS", NICS * cpus);
+        loader.map_max_entries("NIC_CELLS", NICS * cpus).map_max_entries("NIC_NOTES", cpus);
         let block_layout = block.as_ref().ok().copied().map(Wire);
         if let Some(layout) = &block_layout {
             loader.override_global("BLOCK_LAYOUT", layout, true);
@@ -199,8 +201,8 @@ impl Ebpf {
         let runs = |program| {
             states.iter().any(|(p, s): &(Probe, _)| p.program == program && *s == ProbeState::Attached)
         };
-        let with = With { wire: runs("net_dev_start_xmit"), drops: runs("kfree_skb") };
-        let net = if with_net { Some(Net::new(&object, cpus, with, reasons)?) } else { None };
+        let drops = runs("kfree_skb");
+        let net = if with_net { Some(Net::new(&object, cpus, drops, reasons)?) } else { None };
         let block = if with_block { Some(Block::new(&object, &states)?) } else { None };
         let mut this = Self { object, states, sched, processes, kvm, net, block };
         if let Some(sched) = &mut this.sched {

@@ -55,17 +55,9 @@ pub(super) struct Net {
     watched: Vec<Option<Watched>>,
     /// Places given back; the one given back longest ago is used again first.
     free: VecDeque<u32>,
-    with: With,
+    /// Whether drops are counted with their reasons.
+    drops: bool,
     reasons: BTreeMap<u32, String>,
-}
-
-/// What the optional programs bring.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct With {
-    /// Packets on the wire of what the host sends.
-    pub(super) wire: bool,
-    /// Drops with their reasons.
-    pub(super) drops: bool,
 }
 
 impl Net {
@@ -73,7 +65,7 @@ impl Net {
     pub(super) fn new(
         object: &Object,
         cpus: u32,
-        with: With,
+        drops: bool,
         reasons: BTreeMap<u32, String>,
     ) -> Result<Self, EbpfError> {
         let cpus = cpus as usize;
@@ -87,7 +79,7 @@ impl Net {
             cpus,
             watched: Vec::new(),
             free: VecDeque::new(),
-            with,
+            drops,
             reasons,
         })
     }
@@ -109,8 +101,13 @@ impl Net {
         };
         let queues = queues.min(MOST_QUEUES);
         let first_queue = if queues > 1 { self.free_queues(queues) } else { None };
+        let side = NicSide {
+            first_queue: first_queue.unwrap_or(0),
+            queues: first_queue.map_or(0, |_| queues),
+            ..NicSide::ZERO
+        };
         for cell in self.cells_of(place) {
-            self.cells.set(cell, NicCell::ZERO);
+            self.cells.set(cell, NicCell { xmit: side, receive: side });
         }
         for direction in [XMIT, RECEIVE] {
             self.windows.set(2 * place as usize + direction, NicWindows::ZERO);
@@ -118,13 +115,7 @@ impl Net {
         for queue in first_queue.into_iter().flat_map(|first| first..first + queues) {
             self.queues.set(queue as usize, NicQueue::ZERO);
         }
-        let nic = Nic {
-            key: number,
-            first_queue: first_queue.unwrap_or(0),
-            queues: first_queue.map_or(0, |_| queues),
-            ..Nic::ZERO
-        };
-        self.list.set(place as usize, nic);
+        self.list.set(place as usize, Nic { key: number, ..Nic::ZERO });
         self.entry(entry, 1).store(u64::from(place), Ordering::Release);
         self.entry(entry, 0).store(number, Ordering::Release);
         let bit = key.ifindex % NIC_FILTER_BITS;
@@ -163,9 +154,8 @@ impl Net {
 
     #[expect(clippy::cast_possible_truncation, reason = "places are below NICS")]
     fn read_one(&self, place: usize, traffic: &mut DeviceTraffic) {
-        let wire = |on: bool| on.then_some(0);
-        traffic.xmit = Passed { wire_packets: wire(self.with.wire), ..Passed::default() };
-        traffic.receive = Passed { wire_packets: wire(true), ..Passed::default() };
+        traffic.xmit = Passed { wire_packets: Some(0), ..Passed::default() };
+        traffic.receive = traffic.xmit;
         for cell in self.cells_of(place as u32) {
             let cell = self.cells.get(cell);
             add(&mut traffic.xmit, &cell.xmit);
@@ -174,9 +164,9 @@ impl Net {
         let nic = self.list.get(place);
         traffic.refused = nic.refused;
         traffic.other_drops = nic.other_drops;
-        traffic.drops = self.with.drops.then(|| nic.drops.iter().filter_map(drops).collect());
+        traffic.drops = self.drops.then(|| nic.drops.iter().filter_map(drops).collect());
         traffic.queues.clear();
-        for queue in nic.first_queue..nic.first_queue + nic.queues {
+        for queue in self.queues_of(place as u32) {
             let queue = self.queues.get(queue as usize);
             let passed = |packets, bytes| Passed { packets, bytes, wire_packets: None };
             traffic.queues.push([
@@ -285,6 +275,12 @@ impl Net {
         place as usize * self.cpus..(place as usize + 1) * self.cpus
     }
 
+    /// The queues of a watched device that are counted by themselves.
+    fn queues_of(&self, place: u32) -> std::ops::Range<u32> {
+        let NicSide { first_queue, queues, .. } = self.cells.get(self.cells_of(place).start).xmit;
+        first_queue..first_queue + queues
+    }
+
     /// The table entry near `near`'s place that holds `key`, or a free one for `key` 0.
     fn entry_for(&self, near: u64, key: u64) -> Option<usize> {
         let start = nic_start(near);
@@ -302,9 +298,9 @@ impl Net {
     fn free_queues(&self, count: u32) -> Option<u32> {
         let mut used: Vec<(u32, u32)> = (0..self.watched.len())
             .filter(|place| self.watched[*place].is_some())
-            .map(|place| self.list.get(place))
-            .filter(|nic| nic.queues > 0)
-            .map(|nic| (nic.first_queue, nic.first_queue + nic.queues))
+            .map(|place| self.queues_of(u32::try_from(place).unwrap_or(0)))
+            .filter(|queues| !queues.is_empty())
+            .map(|queues| (queues.start, queues.end))
             .collect();
         used.sort_unstable();
         let mut free_from = 0;

@@ -163,9 +163,7 @@ pub const PROBES: &[Probe] = &[
         program: "net_dev_start_xmit",
         attach: Attach::BtfTracepoint("net_dev_start_xmit"),
         group: ProbeGroup::Net,
-        need: Need::Optional(
-            "what a guest receives is not counted as packets on the wire, and without VLAN tags that are not in the packet",
-        ),
+        need: Need::Required,
     },
     Probe {
         program: "net_dev_xmit",
