@@ -5,6 +5,7 @@
 //! the report of both. `--docs` writes the report into `docs/accuracy.md` as well.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "results go to stdout, progress to stderr")]
 
+mod doctor;
 mod monitor;
 mod scenario;
 mod truth;
@@ -95,20 +96,24 @@ fn report(program: &Path, of: &Recording, document: bool) -> Result<()> {
         write(&of.directory.join(name), &compare(format)?)?;
     }
     print!("{}", compare("text")?);
+    let doctored = doctor::examine(program, of)?;
+    println!("\nThe same stream with a source broken on purpose\n{}", doctor::text(&doctored));
     println!("\nstream: {}\nreport: {}", of.stream.display(), of.directory.join("report.html").display());
     if document {
-        write(&paths::root().join(DOCUMENT), &accuracy(&compare("markdown")?))?;
+        write(&paths::root().join(DOCUMENT), &accuracy(&compare("markdown")?, &doctored))?;
     }
     Ok(())
 }
 
 /// The report as a document.
-fn accuracy(report: &str) -> String {
+fn accuracy(report: &str, doctored: &[doctor::Found]) -> String {
     let body = report.trim_start_matches("# kvm-monitor comparison").trim_start();
     format!(
         "# How accurate the numbers are\n\nWritten by `cargo xtask demo --docs`: guests with an exactly known workload, \
          what they did by their own account (truth), and what each source says. What the causes mean, and how\nthe \
-         verdicts come about, is in the [README](../README.md#how-accurate-are-the-numbers).\n\n{body}"
+         verdicts come about, is in the [README](../README.md#how-accurate-are-the-numbers).\n\n{body}\n\
+         ## The same stream with a source broken on purpose\n\n{}",
+        doctor::markdown(doctored)
     )
 }
 

@@ -6,11 +6,11 @@ use crate::{
     compare::{
         pair::{Beside, Pair},
         stats::{Distribution, History},
-        truth::Watch,
+        truth::{self, Watch},
     },
     metric::{Kind, MetricDef, Scope},
     reconcile::{
-        Cause, Grain, Reading, Trail,
+        Allowance, Cause, Grain, Reading, Trail,
         causes::{Moment, Subject},
         real,
     },
@@ -54,6 +54,8 @@ pub struct Figures {
     pub backwards: u64,
     /// What divides all its values.
     pub grain: Grain,
+    /// Readings that differed from the one before.
+    pub changes: u64,
 }
 
 /// The entity.
@@ -109,6 +111,8 @@ pub struct Surroundings<'a> {
     pub clock_tick_ns: u64,
     /// CPUs of the host.
     pub cpus: u64,
+    /// How often QEMU has stopped the guest so far.
+    pub stops: u64,
 }
 
 impl Entity {
@@ -171,26 +175,33 @@ impl Entity {
                 else {
                     continue;
                 };
-                self.take(def, source, Reading { window, value });
+                let reading = Reading { window, value };
+                self.take(def, source, reading);
                 for watch in watches.iter_mut().filter(|w| w.wants(def, &self.name)) {
-                    watch.add(def, source, Reading { window, value });
+                    let doing = in_progress[usize::from(def.name == "wait_ns")];
+                    let lacks = may_lack(def, source, around, (&row.state, doing));
+                    watch.add(def, source, truth::Report { reading, lacks });
+                    if let Some(packets) = most_backlog {
+                        watch.note_backlog(window, packets);
+                    }
+                    if let (Some(age_s), SourceKind::Libvirt) = (row.age_s, source) {
+                        watch.note_age(window, age_s);
+                    }
                 }
             }
         }
         self.pair_up(around);
         let (mut pairs, image) = (std::mem::take(&mut self.pairs), self.disk.clone());
         for pair in &mut pairs {
-            let image_format = image.as_ref().map(|(format, _)| format.as_str()).filter(|f| !f.is_empty());
-            let subject = subject(pair.def, (pair.reference, pair.other), around, image_format);
-            let doing = usize::from(pair.def.name == "wait_ns");
-            let ours = pair.other != SourceKind::Libvirt && pair.reference == SourceKind::Ebpf;
+            let subject = subject(pair.def, (pair.reference, pair.other), around, image.as_ref());
+            let doing = in_progress[usize::from(pair.def.name == "wait_ns")];
+            let source = if pair.reference == SourceKind::Ebpf { pair.other } else { SourceKind::Libvirt };
             let moment = Moment {
-                // libvirt is read at another moment, at which nobody knows what the thread did.
-                state: if ours { &row.state } else { "" },
-                in_progress: if ours { in_progress[doing].carried } else { in_progress[doing].most },
                 irq,
+                stops: around.stops,
                 backlog_packets: most_backlog,
                 value: row.values[pair.def.metric.index_in_scope()][pair.other as usize].unwrap_or(0),
+                ..moment_of(source, (&row.state, doing))
             };
             self.compare(pair, (row, around), (&subject, &moment));
         }
@@ -296,8 +307,8 @@ impl Entity {
             }
         }
         for (defs, sources, relation) in wanted {
-            let image = self.disk.as_ref().map(|(format, _)| format.as_str()).filter(|f| !f.is_empty());
-            let mut pair = Pair::new(defs, sources, &subject(defs.1, sources, around, image), relation);
+            let subject = subject(defs.1, sources, around, self.disk.as_ref());
+            let mut pair = Pair::new(defs, sources, &subject, relation);
             if relation.is_some() {
                 pair.causes = relation.into_iter().collect();
                 pair.restart();
@@ -382,14 +393,42 @@ impl Entity {
     }
 }
 
+/// By how much a reading may be short of what was true when it was taken: clock ticks, runs and waits in progress.
+fn may_lack(
+    def: &'static MetricDef,
+    source: SourceKind,
+    around: &Surroundings<'_>,
+    (state, progress): (&str, Progress),
+) -> u64 {
+    if source == SourceKind::Ebpf {
+        return 0;
+    }
+    let subject = subject(def, (SourceKind::Ebpf, source), around, None);
+    let moment = moment_of(source, (state, progress));
+    let causes = [Cause::Tick, Cause::OpenRun, Cause::OpenWait].into_iter().filter(|c| c.applies(&subject));
+    let lacks = causes.fold(Allowance::NOTHING, |sum, cause| sum.and(cause.allows(&subject, &moment))).low;
+    u64::try_from(-lacks).unwrap_or(u64::MAX)
+}
+
+/// What is known of a vCPU when a source other than eBPF was read. libvirt is read at another moment, at which nobody
+/// knows what the thread did.
+fn moment_of<'a>(source: SourceKind, (state, progress): (&'a str, Progress)) -> Moment<'a> {
+    let ours = source != SourceKind::Libvirt;
+    let in_progress = if ours { progress.carried } else { progress.most };
+    Moment { state: if ours { state } else { "" }, in_progress, ..Moment::default() }
+}
+
 fn subject<'a>(
     def: &'static MetricDef,
     (reference, other): (SourceKind, SourceKind),
     around: &Surroundings<'_>,
-    image_format: Option<&'a str>,
+    image: Option<&'a (String, String)>,
 ) -> Subject<'a> {
     let (clock_tick_ns, cpus) = (around.clock_tick_ns, around.cpus);
-    Subject { def, reference, other, image_format, clock_tick_ns, cpus }
+    let [image_format, image_cache] = image.map_or([None; 2], |(format, cache)| {
+        [format, cache].map(|text| Some(text.as_str()).filter(|text| !text.is_empty()))
+    });
+    Subject { def, reference, other, image_format, image_cache, clock_tick_ns, cpus }
 }
 
 /// The name of the same counter in the other direction.
@@ -424,6 +463,7 @@ impl Figures {
         self.grain.add(reading.value);
         if let Some(last) = self.last {
             let gap = reading.window.begin.since(last.window.begin);
+            self.changes += u64::from(reading.value != last.value);
             self.longest_gap_ns = self.longest_gap_ns.max(gap);
             self.span_ns += gap;
             if kind == Kind::Counter {
@@ -435,6 +475,13 @@ impl Figures {
         }
         self.first.get_or_insert(reading);
         self.last = Some(reading);
+    }
+
+    /// The grain of its values; `None` while there are too few to tell.
+    #[must_use]
+    pub fn resolution(&self) -> Option<u64> {
+        const ENOUGH: u64 = 5;
+        self.grain.get().filter(|_| self.changes >= ENOUGH)
     }
 
     fn end_of_counter(&mut self) {

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use crate::{
     compare::{
-        Comparison,
-        amount::{amount, grouped, percent, time},
+        DomainState,
+        amount::{amount, grouped, percent, signed, time},
         report::{
-            ComparisonReport, DomainReport, EntityReport, FigureReport, Finding, MetricReport, SourceReport,
-            Verdict,
+            ClaimReport, ComparisonReport, DomainReport, EntityReport, FigureReport, Finding, MetricReport,
+            SourceReport, TruthReport, Verdict,
         },
     },
     metric::Scope,
@@ -16,9 +16,16 @@ use crate::{
     units::{SourceKind, Unit},
 };
 
-pub(super) fn find(of: &Comparison, domains: &[DomainReport]) -> Vec<Finding> {
+pub(super) fn find<'a>(domains: impl Iterator<Item = (&'a DomainState, &'a DomainReport)>) -> Vec<Finding> {
     let mut findings: Vec<Finding> = Vec::new();
-    for (state, domain) in of.domains.values().zip(domains) {
+    for (state, domain) in domains {
+        for truth in &domain.truth {
+            truth
+                .claims
+                .iter()
+                .filter_map(|c| of_claim(domain, truth, c))
+                .for_each(|f| add(&mut findings, f));
+        }
         for entity in &domain.entities {
             for metric in &entity.metrics {
                 for comparison in &metric.comparisons {
@@ -42,7 +49,9 @@ fn add(all: &mut Vec<Finding>, finding: Finding) {
     match all.iter_mut().find(same) {
         None => all.push(finding),
         Some(known) => {
-            known.places.extend(finding.places);
+            known
+                .places
+                .extend(finding.places.into_iter().filter(|p| !known.places.contains(p)).collect::<Vec<_>>());
             if finding.amount.abs() > known.amount.abs() {
                 known.amount = finding.amount;
                 known.sentence = finding.sentence;
@@ -92,6 +101,39 @@ fn of_comparison(
         }
         Verdict::Agree | Verdict::NotComparable => Vec::new(),
     }
+}
+
+/// What is known exactly, and a source that says something else.
+fn of_claim(domain: &DomainReport, truth: &TruthReport, claim: &ClaimReport) -> Option<Finding> {
+    let wrong = claim.verdict == Verdict::Disagree;
+    if !wrong && claim.verdict != Verdict::Explained {
+        return None;
+    }
+    let says = if claim.at_least < claim.at_most {
+        format!("between {} and {}", amount(claim.at_least, truth.of), amount(claim.at_most, truth.of))
+    } else {
+        amount(claim.value, truth.of)
+    };
+    let share = claim.difference_pct.map_or(String::new(), |p| format!(", {}", signed(percent(p))));
+    let sentence = format!(
+        "{}: {} was {} by the guest's own account, {} says {says} ({}{share}): {}.",
+        domain.name,
+        truth.quantity,
+        amount(truth.truth, truth.of),
+        claim.source,
+        signed(amount(claim.difference, truth.of)),
+        claim.reason,
+    );
+    Some(Finding {
+        cause: claim.causes.last().copied().unwrap_or("against_truth").to_owned(),
+        verdict: claim.verdict,
+        source: claim.source.to_owned(),
+        places: vec![format!("{} {}", domain.name, truth.quantity)],
+        metric: truth.metrics.join(" + "),
+        amount: claim.difference,
+        unit: truth.unit,
+        sentence,
+    })
 }
 
 fn sentence(
@@ -170,7 +212,7 @@ fn ceilometer(domain: &DomainReport) -> Option<Finding> {
     })
 }
 
-fn balloon(domain: &DomainReport, state: &super::DomainState) -> Option<Finding> {
+fn balloon(domain: &DomainReport, state: &DomainState) -> Option<Finding> {
     let memory = &state.memory;
     let period = state.facts.balloon.as_ref().map(|b| b.stats_period_s);
     let (stale, reports) = memory.stale;

@@ -4,6 +4,7 @@
 //! Memory grows with the domains, their devices and their metrics, not with the length of the stream.
 
 pub mod amount;
+mod claim;
 pub mod entity;
 mod findings;
 pub mod input;
@@ -29,6 +30,9 @@ use crate::{
     },
     units::{DomainUuid, SourceKind},
 };
+
+/// Events after which QEMU runs no instruction of the guest.
+const STOPS: [&str; 5] = ["paused", "stopped", "migrated", "crashed", "io_error"];
 
 /// Everything compared so far.
 #[derive(Debug, Default)]
@@ -67,6 +71,8 @@ struct DomainState {
     seq: Option<u64>,
     mono_ns: u64,
     samples: u64,
+    /// How often QEMU has stopped the guest.
+    stops: u64,
     cpu: Entity,
     memory: Entity,
     vcpus: Vec<Entity>,
@@ -199,6 +205,13 @@ impl Comparison {
 
     fn event(&mut self, event: &EventLine) {
         *self.events.entry(event.kind.clone()).or_default() += 1;
+        let Some(host) = self.hosts.len().checked_sub(1) else { return };
+        let uuid = event.domain.as_ref().and_then(|domain| domain.uuid.parse().ok());
+        if let Some(domain) = uuid.and_then(|uuid| self.domains.get_mut(&(host, uuid)))
+            && STOPS.contains(&event.kind.as_str())
+        {
+            domain.stops += 1;
+        }
     }
 
     fn sample(&mut self, number: u64, sample: &SampleLine) {
@@ -233,6 +246,7 @@ impl Comparison {
             windows: &sample.windows,
             clock_tick_ns: 1_000_000_000 / hz,
             cpus: state.session.host.cpus,
+            stops: domain.stops,
         };
         self.own.tick(sample);
         domain.add(sample, &around);
@@ -293,6 +307,7 @@ impl DomainState {
             seq: None,
             mono_ns: 0,
             samples: 0,
+            stops: 0,
             cpu: Entity::new(Scope::Cpu, ""),
             memory: Entity::new(Scope::Memory, ""),
             vcpus: Vec::new(),

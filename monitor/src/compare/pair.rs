@@ -12,6 +12,7 @@ use crate::{
     reconcile::{
         Allowance, Bracket, Cause, Limit, NO_LIMIT, Offset, Reading, Trail,
         causes::{Moment, Subject},
+        fit::{Point, Points},
         real, real_difference,
     },
     units::{SourceKind, Window},
@@ -28,6 +29,8 @@ pub const LAGS_NS: [u64; 8] = [
     6_000_000_000,
     8_000_000_000,
 ];
+/// It may be so much less or more late at each reading: what is late is mostly a copy that is renewed now and then.
+const LAG_MARGIN_NS: u64 = 500_000_000;
 /// Bytes per packet that may be left out or added: Ethernet header, with VLAN tag, VLAN tag alone.
 pub const HEADER_BYTES: [i128; 6] = [-14, 14, -18, 18, -4, 4];
 /// Readings that may wait for the reference's next: more come only if the reference is gone.
@@ -77,6 +80,8 @@ pub struct Pair {
     pub packets_index: Option<usize>,
     /// For a gauge: how far beyond the reference's neighbouring readings.
     pub beyond: Distribution,
+    /// Readings by which a contradiction is explained, since a counter last started.
+    pub points: Points,
     limit: Option<Limit>,
     pending: VecDeque<Pending>,
     before: Option<Before>,
@@ -149,6 +154,7 @@ impl Pair {
             swapped_index: None,
             packets_index: None,
             beyond: Distribution::default(),
+            points: Points::default(),
             limit: limit(reference_def, reference, subject.cpus),
             pending: VecDeque::new(),
             before: None,
@@ -194,6 +200,7 @@ impl Pair {
         let ended = self.residuals();
         self.past = ended;
         self.tracks = Tracks { known: vec![Offset::default(); self.causes.len() + 1], ..Tracks::default() };
+        self.points.clear();
         self.pending.clear();
         self.before = None;
     }
@@ -213,9 +220,16 @@ impl Pair {
         for (track, allowed) in self.tracks.known.iter_mut().zip(allowed) {
             track.add(other, bracket, *allowed);
         }
+        if bracket.high < NO_LIMIT && everything.low > -NO_LIMIT && everything.high < NO_LIMIT {
+            let (low, high) = (bracket.low + everything.low, bracket.high + everything.high);
+            let point = Point { at_ns: middle(window), other: real_difference(other), ..Point::default() };
+            self.points.add(Point { low: real_difference(low), high: real_difference(high), ..point });
+        }
         for (track, lag) in self.tracks.late.iter_mut().zip(LAGS_NS) {
-            if let Some(bracket) = trail.bracket(earlier(window, lag), self.limit) {
-                track.add(other, bracket, everything);
+            let later = trail.bracket(earlier(window, lag.saturating_sub(LAG_MARGIN_NS)), self.limit);
+            let sooner = trail.bracket(earlier(window, lag + LAG_MARGIN_NS), self.limit);
+            if let (Some(sooner), Some(later)) = (sooner, later) {
+                track.add(other, Bracket { low: sooner.low, high: later.high }, everything);
             }
         }
         if let Some(bracket) = beside.swapped.and_then(|t| t.bracket(window, None)) {
@@ -356,6 +370,7 @@ mod tests {
             reference: SourceKind::Ebpf,
             other: SourceKind::Libvirt,
             image_format: None,
+            image_cache: None,
             clock_tick_ns: 10_000_000,
             cpus: 2,
         }

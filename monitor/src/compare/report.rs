@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::{
     compare::{
-        Comparison, DomainState,
+        Comparison, DomainState, claim,
         entity::{Entity, LEDGER, trusted},
         findings,
         input::Input,
@@ -15,7 +15,7 @@ use crate::{
     },
     metric::{Kind, MetricDef, Scope},
     model,
-    reconcile::real,
+    reconcile::{Cause, real},
     units::{SourceKind, Unit},
 };
 
@@ -85,7 +85,10 @@ pub struct Overall {
     pub disagree: u64,
     /// Comparisons that could not be made.
     pub not_comparable: u64,
-    /// The largest unexplained difference, per cent of the reference's total.
+    /// What is known exactly, if anything is, beside what sources say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub truth: Option<TruthOverall>,
+    /// The largest unexplained difference, per cent of the larger total.
     pub largest_unexplained_pct: f64,
     /// Where that is.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -95,6 +98,21 @@ pub struct Overall {
     pub limit_pct: Option<f64>,
     /// An unexplained difference exceeds the limit.
     pub exceeded: bool,
+}
+
+/// Counts of what sources say of what is known exactly.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TruthOverall {
+    /// Claims of sources.
+    pub claims: u64,
+    /// Of them: exactly right, or right within what their readings frame.
+    pub right: u64,
+    /// Explained by a known cause.
+    pub explained: u64,
+    /// Wrong.
+    pub wrong: u64,
+    /// Claims of which nothing can be said.
+    pub not_comparable: u64,
 }
 
 /// A host.
@@ -356,13 +374,15 @@ pub struct CulpritReport {
 pub struct TruthReport {
     /// What.
     pub quantity: String,
+    /// The metrics whose sum it is.
+    pub metrics: Vec<String>,
     /// `ns`, `bytes` or `count`.
     pub unit: &'static str,
     /// How much.
     pub truth: f64,
     /// What each source says: in the order ebpf, procfs, libvirt, those that say something.
     pub claims: Vec<ClaimReport>,
-    /// Why they may differ.
+    /// What is to be known of it.
     pub note: String,
     /// The same unit, for output.
     #[serde(skip)]
@@ -376,13 +396,25 @@ pub struct ClaimReport {
     pub source: &'static str,
     /// How much, between the readings before and after.
     pub value: f64,
-    /// How much at least, between the first and the last reading inside; the same for what has no begin and end.
+    /// Of that, at least so much in the span of the truth; the same for what has no begin and end.
     pub at_least: f64,
-    /// Off the truth by.
+    /// And at most so much.
+    pub at_most: f64,
+    /// More than the truth by, less if negative; 0 if the truth is within its bounds.
     pub difference: f64,
     /// Per cent of the truth; absent if that is 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub difference_pct: Option<f64>,
+    /// `agree` if it is right.
+    pub verdict: Verdict,
+    /// Why it may differ.
+    pub causes: Vec<&'static str>,
+    /// What no cause explains.
+    pub unexplained: f64,
+    /// Per cent of the larger of truth and claim.
+    pub unexplained_pct: f64,
+    /// In words.
+    pub reason: String,
 }
 
 /// What a source is good for.
@@ -471,15 +503,15 @@ impl Report {
 }
 
 pub(super) fn build(of: &Comparison, limit_pct: Option<f64>) -> Report {
-    let domains: Vec<DomainReport> = of
-        .domains
+    let host = |number: usize| of.hosts.get(number).map_or("", |h| h.session.host.hostname.as_str());
+    let mut states: Vec<_> = of.domains.iter().collect();
+    states.sort_by_key(|((number, uuid), domain)| (host(*number), domain.name.as_str(), *uuid));
+    let domains: Vec<DomainReport> = states
         .iter()
-        .map(|((host, uuid), domain)| {
-            let host = of.hosts.get(*host).map_or("", |h| h.session.host.hostname.as_str());
-            domain_report(domain, &uuid.to_string(), host)
-        })
+        .map(|((number, uuid), domain)| domain_report(domain, &uuid.to_string(), host(*number)))
         .collect();
-    let mut findings = findings::find(of, &domains);
+    let states = states.into_iter().map(|(_, domain)| domain);
+    let mut findings = findings::find(states.zip(&domains));
     findings.sort_by_key(|f| std::cmp::Reverse(f.verdict == Verdict::Disagree));
     Report {
         report: "kvm-monitor comparison",
@@ -501,7 +533,7 @@ fn domain_report(domain: &DomainState, uuid: &str, host: &str) -> DomainReport {
         host: host.to_owned(),
         virt_type: domain.facts.virt_type.clone().unwrap_or_default(),
         samples: domain.samples,
-        truth: domain.watches.iter().filter_map(truth_report).collect(),
+        truth: domain.watches.iter().filter_map(|watch| truth_report(domain, watch)).collect(),
         entities: domain.entities().map(entity_report).collect(),
     }
 }
@@ -605,7 +637,7 @@ fn figure_report(def: &MetricDef, source: SourceKind, of: &super::entity::Figure
         readings: of.readings,
         total: if counter { of.total } else { of.total / real(of.readings.max(1)) },
         per_s: (counter && of.span_ns > 0).then(|| of.total / (real(of.span_ns) / 1e9)),
-        resolution: of.grain.get(),
+        resolution: of.resolution(),
         every_ns: real(of.span_ns) / gaps,
         oldest_ns: of.longest_gap_ns,
         backwards: of.backwards,
@@ -663,26 +695,39 @@ fn histogram_report(name: &str, of: &Distribution) -> HistogramReport {
     }
 }
 
-fn truth_report(watch: &Watch) -> Option<TruthReport> {
+fn truth_report(domain: &DomainState, watch: &Watch) -> Option<TruthReport> {
     let def = watch.def()?;
-    let truth = real(watch.truth.value);
-    let claims = SourceKind::ALL
-        .into_iter()
-        .filter_map(|source| {
-            let claim = watch.claim(source)?;
-            let (value, at_least) = (claim.value, claim.value - claim.outside);
-            let difference = value - truth;
-            let difference_pct = (truth > 0.0).then(|| difference / truth * 100.0);
-            Some(ClaimReport { source: source.name(), value, at_least, difference, difference_pct })
-        })
-        .collect();
+    let disk = domain.disks.iter().find(|d| def.scope == Scope::Disk && d.name == watch.truth.entity);
+    let known = claim::Known { image: disk.and_then(|d| d.disk.as_ref()), stops: domain.stops };
+    let claims =
+        SourceKind::ALL.into_iter().filter_map(|source| claim_report(watch, source, known)).collect();
     Some(TruthReport {
         quantity: watch.truth.quantity.clone(),
+        metrics: watch.truth.metrics.clone(),
         unit: def.unit.name(),
-        truth,
+        truth: real(watch.truth.value),
         claims,
         note: watch.truth.note.clone(),
         of: def.unit,
+    })
+}
+
+fn claim_report(watch: &Watch, source: SourceKind, known: claim::Known<'_>) -> Option<ClaimReport> {
+    let (claim, truth) = (watch.claim(source)?, real(watch.truth.value));
+    let found = claim::judge(watch, (source, claim), known)?;
+    let (difference, larger) = (claim::off(truth, claim), truth.max(claim.at_most));
+    Some(ClaimReport {
+        source: source.name(),
+        value: claim.value,
+        at_least: claim.at_least,
+        at_most: claim.at_most,
+        difference,
+        difference_pct: (truth > 0.0).then(|| difference / truth * 100.0),
+        verdict: found.verdict,
+        causes: found.causes.into_iter().map(Cause::name).collect(),
+        unexplained: found.unexplained,
+        unexplained_pct: if larger > 0.0 { found.unexplained / larger * 100.0 } else { 0.0 },
+        reason: found.reason,
     })
 }
 
@@ -694,6 +739,11 @@ fn overall(domains: &[DomainReport], limit_pct: Option<f64>) -> Overall {
                 for comparison in &metric.comparisons {
                     sum.add(comparison, || format!("{} {} {}", domain.name, entity.label, metric.metric));
                 }
+            }
+        }
+        for truth in &domain.truth {
+            for claim in &truth.claims {
+                sum.add_claim(claim, || format!("{}: {} {{{}}}", domain.name, truth.quantity, claim.source));
             }
         }
     }
@@ -712,11 +762,27 @@ impl Overall {
             }
         }
         self.compared += 1;
-        if comparison.unexplained_pct > self.largest_unexplained_pct {
-            self.largest_unexplained_pct = comparison.unexplained_pct;
+        self.unexplained(comparison.unexplained_pct, place);
+    }
+
+    fn add_claim(&mut self, claim: &ClaimReport, place: impl FnOnce() -> String) {
+        let sum = self.truth.get_or_insert_default();
+        sum.claims += 1;
+        match claim.verdict {
+            Verdict::Agree => sum.right += 1,
+            Verdict::Explained => sum.explained += 1,
+            Verdict::Disagree => sum.wrong += 1,
+            Verdict::NotComparable => sum.not_comparable += 1,
+        }
+        self.unexplained(claim.unexplained_pct, place);
+    }
+
+    fn unexplained(&mut self, pct: f64, place: impl FnOnce() -> String) {
+        if pct > self.largest_unexplained_pct {
+            self.largest_unexplained_pct = pct;
             self.largest_unexplained_in = Some(place());
         }
-        self.exceeded |= self.limit_pct.is_some_and(|limit| comparison.unexplained_pct > limit);
+        self.exceeded |= self.limit_pct.is_some_and(|limit| pct > limit);
     }
 }
 

@@ -8,7 +8,9 @@ use crate::{
     },
     metric::Kind,
     reconcile::{
-        Cause, real,
+        Cause,
+        fit::Fit,
+        real,
         shape::{Shape, shape},
     },
     units::Unit,
@@ -184,13 +186,19 @@ fn name_it(pair: &Pair, late: &[i128; LAGS_NS.len()], left: i128) -> (Option<&'s
     if pair.other_total == 0.0 && pair.reference_total > 0.0 {
         return (Some("constant"), "it never changed while the reference did".to_owned());
     }
-    if let Some((least, most)) = late_by(late, left) {
-        let about = if least == most {
-            format!("about {}", time(real(least)))
-        } else {
-            format!("{} to {}", time(real(least)), time(real(most)))
-        };
-        return (Some("late"), format!("it fits if it shows what was true {about} before it was read"));
+    let (late, fit) = (late_by(late, left), pair.points.fit());
+    match (late, fit) {
+        (Some((_, left)), Some((fit, left_by_fit))) if left_by_fit <= left => return describe_fit(pair, fit),
+        (None, Some((fit, _))) => return describe_fit(pair, fit),
+        (None, None) => {}
+        (Some(((least, most), _)), _) => {
+            let about = if least == most {
+                format!("about {}", time(real(least)))
+            } else {
+                format!("{} to {}", time(real(least)), time(real(most)))
+            };
+            return (Some("late"), format!("it fits if it shows what was true {about} before it was read"));
+        }
     }
     match shape(&pair.history.pairs()) {
         Some(shape) => {
@@ -201,9 +209,10 @@ fn name_it(pair: &Pair, late: &[i128; LAGS_NS.len()], left: i128) -> (Option<&'s
     }
 }
 
-/// How late the other source seems to be, nanoseconds: the longest run of lags that fit best.
-fn late_by(late: &[i128; LAGS_NS.len()], left: i128) -> Option<(u64, u64)> {
-    let least = late.iter().min().copied().filter(|least| fits(*least, left))?;
+/// How late the other source seems to be, nanoseconds: the longest run of lags that fit best; and which share of the
+/// contradiction that leaves.
+fn late_by(late: &[i128; LAGS_NS.len()], before: i128) -> Option<((u64, u64), f64)> {
+    let least = late.iter().min().copied().filter(|least| fits(*least, before))?;
     let mut runs: Vec<(u64, u64, usize)> = Vec::new();
     let mut unbroken = false;
     for (lag, left) in LAGS_NS.into_iter().zip(late) {
@@ -214,19 +223,35 @@ fn late_by(late: &[i128; LAGS_NS.len()], left: i128) -> Option<(u64, u64)> {
         }
         unbroken = *left == least;
     }
-    runs.iter().max_by_key(|run| run.2).map(|run| (run.0, run.1))
+    let share = real_of(least) / real_of(before);
+    runs.iter().max_by_key(|run| run.2).map(|run| ((run.0, run.1), share))
+}
+
+fn describe_fit(pair: &Pair, fit: Fit) -> (Option<&'static str>, String) {
+    match fit {
+        Fit::Factor(factor) => (Some("factor"), factor_text(factor)),
+        Fit::Step { at_ns, amount } => {
+            let after = at_ns.saturating_sub(pair.history.begin_ns().unwrap_or(at_ns));
+            (Some("step"), step_text(amount, real(after), pair.def.unit))
+        }
+    }
+}
+
+fn factor_text(factor: f64) -> String {
+    format!("it counts {} all the time", signed(percent(factor * 100.0)))
+}
+
+fn step_text(by: f64, after_ns: f64, unit: Unit) -> String {
+    let what = if by < 0.0 { "lost" } else { "counted too much" };
+    format!("{} were {what} about {} after the first reading", amount(by.abs(), unit), time(after_ns))
 }
 
 fn describe(pair: &Pair, shape: Shape) -> (&'static str, String) {
     match shape {
-        Shape::Factor(factor) => {
-            ("factor", format!("it counts {} all the time", signed(percent(factor * 100.0))))
-        }
-        Shape::Step { span, amount: by } => {
-            let at = real(pair.history.span_ns()) * real(u64::try_from(span).unwrap_or(0));
-            let what = if by < 0.0 { "lost" } else { "counted too much" };
-            let how = amount(by.abs(), pair.def.unit);
-            ("step", format!("{how} were {what} about {} after the first reading", time(at)))
+        Shape::Factor(factor) => ("factor", factor_text(factor)),
+        Shape::Step { span, amount } => {
+            let after = real(pair.history.span_ns()) * real(u64::try_from(span).unwrap_or(0));
+            ("step", step_text(amount, after, pair.def.unit))
         }
     }
 }

@@ -65,6 +65,8 @@ pub enum Cause {
     Qcow2Metadata,
     /// QEMU drops flushes when nothing was written since the last.
     FlushElided,
+    /// QEMU flushes by itself when it stops the guest.
+    QemuFlush,
     /// The host's page cache took it.
     CacheAbsorbed,
     /// The request waited inside QEMU before the host's kernel saw it.
@@ -79,7 +81,7 @@ pub enum Cause {
 
 impl Cause {
     /// Every cause, in the order in which they are taken off.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Tick,
         Self::OpenRun,
         Self::OpenWait,
@@ -91,6 +93,7 @@ impl Cause {
         Self::QemuOpen,
         Self::Qcow2Metadata,
         Self::FlushElided,
+        Self::QemuFlush,
         Self::CacheAbsorbed,
         Self::Throttle,
         Self::StaleBalloon,
@@ -113,6 +116,7 @@ impl Cause {
             Self::QemuOpen => "qemu_open",
             Self::Qcow2Metadata => "qcow2_metadata",
             Self::FlushElided => "flush_elided",
+            Self::QemuFlush => "qemu_flush",
             Self::CacheAbsorbed => "cache_absorbed",
             Self::Throttle => "throttle",
             Self::StaleBalloon => "stale_balloon",
@@ -158,6 +162,9 @@ impl Cause {
             Self::FlushElided => {
                 "QEMU drops a flush when nothing was written since the last one: the host sees fewer than the guest sent"
             }
+            Self::QemuFlush => {
+                "QEMU flushes its images by itself when it stops the guest (suspend, migration, end): host I/O that no guest asked for"
+            }
             Self::CacheAbsorbed => {
                 "the host's page cache is in between: reads it has are not read from the device, writes reach it later or merged"
             }
@@ -188,6 +195,8 @@ pub struct Subject<'a> {
     pub other: SourceKind,
     /// Format of the disk's image, if it is a disk.
     pub image_format: Option<&'a str>,
+    /// QEMU's cache mode of the disk.
+    pub image_cache: Option<&'a str>,
     /// Length of one clock tick of `/proc`, nanoseconds.
     pub clock_tick_ns: u64,
     /// CPUs of the host.
@@ -206,6 +215,8 @@ pub struct Moment<'a> {
     pub irq: u64,
     /// Packets in the tap's queue, the most of this reading and the one before; `None` if not known.
     pub backlog_packets: Option<u64>,
+    /// How often QEMU has stopped the guest so far.
+    pub stops: u64,
     /// What the other source says.
     pub value: u64,
 }
@@ -217,6 +228,8 @@ const PACKET_BYTES: i128 = 65_536 + 18;
 /// What QEMU may read to open an image and probe it: 13 requests were seen, with a margin.
 const OPEN_REQUESTS: i128 = 32;
 const OPEN_BYTES: i128 = 1 << 20;
+/// How long a flush may take, nanoseconds.
+const FLUSH_NS: i128 = 10_000_000_000;
 /// Reads of `/proc` in clock ticks are the sum of two truncated figures, user and system time.
 const TRUNCATED: i128 = 2;
 
@@ -239,7 +252,12 @@ impl Cause {
                     && def.scope == Scope::Interface
                     && matches!(def.name, "rx_packets" | "rx_bytes")
             }
-            Self::QemuOpen => host_and_guest && matches!(def.name, "rd_req" | "rd_bytes"),
+            // With direct I/O, reads by which QEMU opens the image are told apart (`qemu_open_req`).
+            Self::QemuOpen => {
+                let direct = matches!(to.image_cache, Some("none" | "directsync"));
+                host_and_guest && matches!(def.name, "rd_req" | "rd_bytes") && !direct
+            }
+            Self::QemuFlush => host_and_guest && matches!(def.name, "fl_req" | "fl_time_ns"),
             Self::FlushElided => host_and_guest && matches!(def.name, "fl_req" | "fl_time_ns"),
             Self::Qcow2Metadata => {
                 host_and_guest && def.scope == Scope::Disk && to.image_format.is_some_and(|f| f != "raw")
@@ -286,6 +304,11 @@ impl Cause {
             Self::QemuOpen => {
                 Allowance::less(if to.def.unit == Unit::Bytes { OPEN_BYTES } else { OPEN_REQUESTS })
             }
+            Self::QemuFlush => {
+                // The stop under way is told later.
+                let flushes = i128::from(at.stops) + 1;
+                Allowance::less(if to.def.unit == Unit::Nanoseconds { flushes * FLUSH_NS } else { flushes })
+            }
             Self::FlushElided | Self::Throttle | Self::EmulatorIncluded => Allowance::more(NO_LIMIT),
             Self::Qcow2Metadata | Self::CacheAbsorbed | Self::Gso => Allowance::ANYTHING,
             Self::NotKept if at.value == 0 => Allowance::ANYTHING,
@@ -324,7 +347,8 @@ mod tests {
 
     fn subject(scope: Scope, name: &str, (reference, other): (SourceKind, SourceKind)) -> Subject<'static> {
         let def = scope.metrics().iter().find(|d| d.name == name).unwrap();
-        Subject { def, reference, other, image_format: None, clock_tick_ns: 10_000_000, cpus: 2 }
+        let (image_format, image_cache) = (None, None);
+        Subject { def, reference, other, image_format, image_cache, clock_tick_ns: 10_000_000, cpus: 2 }
     }
 
     fn rules(of: &Subject<'_>) -> Vec<&'static str> {
@@ -352,9 +376,24 @@ mod tests {
         check(Scope::Interface, "tx_bytes", (Ebpf, Libvirt), &[]);
         check(Scope::Disk, "rd_req", (Ebpf, Libvirt), &["qemu_open"]);
         check(Scope::Disk, "wr_bytes", (Ebpf, Libvirt), &[]);
-        check(Scope::Disk, "fl_req", (Ebpf, Libvirt), &["flush_elided"]);
+        check(Scope::Disk, "fl_req", (Ebpf, Libvirt), &["flush_elided", "qemu_flush"]);
         check(Scope::Disk, "wr_time_ns", (Ebpf, Libvirt), &["throttle"]);
         check(Scope::Memory, "rss_bytes", (Procfs, Libvirt), &[]);
+    }
+
+    #[test]
+    fn with_direct_io_the_reads_that_open_an_image_are_known() {
+        for (cache, expected) in [("none", &[][..]), ("directsync", &[]), ("writeback", &["qemu_open"])] {
+            let of = Subject { image_cache: Some(cache), ..subject(Scope::Disk, "rd_req", (Ebpf, Libvirt)) };
+            assert_eq!(rules(&of), expected, "{cache}");
+        }
+    }
+
+    #[test]
+    fn a_stop_of_the_guest_flushes_once() {
+        let of = subject(Scope::Disk, "fl_req", (Ebpf, Libvirt));
+        let allows = |stops| Cause::QemuFlush.allows(&of, &Moment { stops, ..Moment::default() });
+        assert_eq!((allows(0), allows(2)), (Allowance::less(1), Allowance::less(3)));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! residual. Known causes ([`causes`]) widen the bounds by name, and what is left then is unexplained.
 
 pub mod causes;
+pub mod fit;
 pub mod shape;
 
 use std::collections::VecDeque;

@@ -12,7 +12,7 @@ use super::{LOOK, PATIENCE, pause};
 
 /// How often the monitor samples; slow reads of libvirt come every second. Idle phases in the scripts are longer.
 const CADENCE: [&str; 6] =
-    ["--interval", "500ms", "--libvirt-interval", "500ms", "--libvirt-slow-interval", "1s"];
+    ["--interval", "250ms", "--libvirt-interval", "500ms", "--libvirt-slow-interval", "1s"];
 
 /// The program. Killed if it still runs when dropped.
 pub(super) struct Monitor {

@@ -4,12 +4,11 @@ use lab::{GroundTruth, StepTruth};
 use serde_json::{Value, json};
 
 const SECTOR_BYTES: i64 = 512;
-const FIRMWARE: &str = "libvirt also has the reads of the firmware, before the guest's kernel";
-const HOST: &str = "eBPF: what QEMU did to the image";
-const FLUSHES: &str = "QEMU drops a flush when nothing was written since the last one";
-const BURN: &str = "truth: the guest's CPU time; the host also sees the guest's idle ticks and console output around the step";
+const BURN: &str =
+    "truth: CPU time by the guest's clock, which goes on while the vCPU waits for a CPU of the host";
 const FRAMES: &str = "frames with their Ethernet header, as the guest counts them; large segments count once";
-const REPORT: &str = "as of the guest's last report, the truth is of its last line";
+/// How late a line of the guest may be seen: a look every 5 ms, a busy host, and the rates of two clocks.
+const SEEN_LATE_NS: u64 = 20_000_000;
 
 /// Collects truths of one domain.
 pub(super) struct Truths<'a> {
@@ -51,9 +50,10 @@ impl<'a> Truths<'a> {
             for (vcpu, cpu_ns) in step.cpu_ns() {
                 let quantity = format!("vCPU {vcpu} run + wait, {}{}", step.word, what(step));
                 let value = i64::try_from(cpu_ns).ok();
+                let between = span(truth, step);
                 let entry = self.add(("vcpus", &vcpu.to_string()), ("run_ns", value), &quantity);
                 entry["metrics"] = json!(["run_ns", "wait_ns"]);
-                entry["between_ns"] = span_with_sleep(truth, step);
+                entry["between_ns"] = between;
                 entry["note"] = json!(BURN);
             }
         }
@@ -68,26 +68,27 @@ impl<'a> Truths<'a> {
             [(("disks", disk), "wr_req", "writes"), (("interfaces", tap), "tx_packets", "sent packets")]
         {
             let quantity = format!("{} {what} while idle, {}", place.1, step.word);
-            self.add(place, (metric, Some(0)), &quantity)["between_ns"] = span(step);
+            self.add(place, (metric, Some(0)), &quantity)["between_ns"] = span(truth, step);
         }
         self
     }
 
-    /// Totals of a disk since the guest's kernel started.
+    /// What the guest asked of a disk between its first `sleep` and its last: what firmware and kernel read before is left out.
     pub(super) fn disk(mut self, disk: &str) -> Self {
         let truth = self.truth;
-        let total = |counter: &str| truth.total(&format!("disk.{disk}.{counter}"));
-        // The guest kernel counts a flush as a write of nothing as well.
-        let writes = total("wr_ios").zip(total("fl_ios")).map(|(writes, flushes)| writes - flushes);
-        let bytes = |counter| total(counter).map(|sectors| sectors * SECTOR_BYTES);
-        for (name, metric, value, note) in [
-            ("reads", "rd_req", total("rd_ios"), FIRMWARE),
-            ("read bytes", "rd_bytes", bytes("rd_sectors"), FIRMWARE),
-            ("writes", "wr_req", writes, HOST),
-            ("written bytes", "wr_bytes", bytes("wr_sectors"), HOST),
-            ("flushes", "fl_req", total("fl_ios"), FLUSHES),
+        let Some(end) = &truth.end else { return self };
+        let Some(between) = between_idle_times(truth) else { return self };
+        let did = |counter: &str| end.kernel.get(&format!("disk.{disk}.{counter}")).copied().unwrap_or(0);
+        for (name, metric, value) in [
+            ("reads", "rd_req", did("rd_ios")),
+            ("read bytes", "rd_bytes", did("rd_sectors") * SECTOR_BYTES),
+            // The guest kernel counts a flush as a write of nothing as well.
+            ("writes", "wr_req", did("wr_ios") - did("fl_ios")),
+            ("written bytes", "wr_bytes", did("wr_sectors") * SECTOR_BYTES),
+            ("flushes", "fl_req", did("fl_ios")),
         ] {
-            self.add(("disks", disk), (metric, value), &format!("{disk} {name}"))["note"] = json!(note);
+            let entry = self.add(("disks", disk), (metric, Some(value)), &format!("{disk} {name}"));
+            entry["between_ns"] = between.clone();
         }
         self
     }
@@ -112,7 +113,6 @@ impl<'a> Truths<'a> {
         let quantity = format!("{tap} packets taken while suspended, {sent} were sent");
         let entry = self.add(("interfaces", tap), ("rx_packets", Some(0)), &quantity);
         entry["between_ns"] = json!(between_ns);
-        entry["note"] = json!("what was delivered to the tap waits in its queue until the guest goes on");
         self
     }
 
@@ -126,26 +126,32 @@ impl<'a> Truths<'a> {
             ("memory unused", "unused_bytes", guest("MemFree")),
             ("memory usable", "usable_bytes", guest("MemAvailable")),
         ] {
-            self.add(("memory", ""), (metric, value), name)["note"] = json!(REPORT);
+            let at_ns = end.map(|end| end.seen_ns);
+            self.add(("memory", ""), (metric, value), name)["at_ns"] = json!(at_ns);
         }
         self
     }
 }
 
-fn span(step: &StepTruth) -> Value {
-    let end = step.done.as_ref().map_or(u64::MAX, |done| done.seen_ns);
-    json!([step.begin_seen_ns, end])
+/// When a step was done, by the host's clock: the guest's moments, moved by the smallest distance of the two clocks that
+/// any line of the guest showed so far, since a line can be seen late but never early. A guest's clock stands
+/// still while it is suspended, so that lines after the step say nothing of it.
+fn span(truth: &GroundTruth, step: &StepTruth) -> Value {
+    let Some(done) = &step.done else { return json!([step.begin_seen_ns, u64::MAX]) };
+    let lines = truth.steps.iter().filter(|s| s.number <= step.number).filter_map(|s| s.done.as_ref());
+    let seen =
+        lines.map(|line| (line.seen_ns, line.to_ns)).chain(truth.start.iter().map(|s| (s.seen_ns, s.at_ns)));
+    let distance = seen.map(|(host, guest)| host.saturating_sub(guest)).min().unwrap_or(0);
+    json!([(done.from_ns + distance).saturating_sub(SEEN_LATE_NS), done.to_ns + distance + SEEN_LATE_NS])
 }
 
-/// As [`span`], from the begin of the `sleep` before the step: on a busy host the line that says that a step begins
-/// is seen when part of it is over.
-fn span_with_sleep(truth: &GroundTruth, step: &StepTruth) -> Value {
-    let mut span = span(step);
-    let before = truth.steps.iter().rfind(|s| s.number < step.number);
-    if let Some(sleep) = before.filter(|s| s.kind() == "sleep") {
-        span[0] = json!(sleep.begin_seen_ns);
-    }
-    span
+/// From the middle of the first `sleep` to the middle of the last: readings beside the ends are of an idle guest.
+fn between_idle_times(truth: &GroundTruth) -> Option<Value> {
+    let middle = |step: &StepTruth| {
+        let done = step.done.as_ref()?;
+        Some(done.seen_ns.saturating_sub((done.to_ns - done.from_ns) / 2))
+    };
+    Some(json!([middle(truth.of_kind("sleep").next()?)?, middle(truth.of_kind("sleep").last()?)?]))
 }
 
 #[cfg(test)]
@@ -157,20 +163,29 @@ mod tests {
     use super::*;
 
     fn truth() -> GroundTruth {
-        let step = |number: u64, word: &str, did: Value| StepTruth {
-            number,
-            word: word.into(),
-            begin_seen_ns: 1_000 + number,
-            done: Some(StepDone { seen_ns: 2_000, did, ..StepDone::default() }),
-        };
+        const MS: u64 = 1_000_000;
+        let step =
+            |number: u64, word: &str, (seen_ns, from_ns, to_ns): (u64, u64, u64), did: Value| StepTruth {
+                number,
+                word: word.into(),
+                begin_seen_ns: 0,
+                done: Some(StepDone { seen_ns, from_ns, to_ns, did, ..StepDone::default() }),
+            };
         let steps = vec![
-            step(0, "sleep=1s", json!({})),
-            step(1, "cpu=cpu1:2s", json!({"cpus": [{"cpu": 1, "cpu_ns": 7}]})),
+            step(0, "sleep=1s", (5_100 * MS, 0, 1_000 * MS), json!({})),
+            // Its line was seen 70 ms after the step was over.
+            step(
+                1,
+                "cpu=cpu1:2s",
+                (7_270 * MS, 1_050 * MS, 3_100 * MS),
+                json!({"cpus": [{"cpu": 1, "cpu_ns": 7}]}),
+            ),
+            step(2, "sleep=1s", (20_000 * MS, 3_100 * MS, 4_100 * MS), json!({})),
         ];
         let counters = [("disk.vda.wr_ios", 13), ("disk.vda.fl_ios", 3), ("disk.vda.wr_sectors", 80)];
-        let devices = counters.map(|(name, value)| (name.to_owned(), value)).into();
+        let kernel = counters.map(|(name, value)| (name.to_owned(), value)).into();
         let memory_kib = BTreeMap::from([("MemTotal".to_owned(), 2)]);
-        let end = Moment { devices, memory_kib, ..Moment::default() };
+        let end = Moment { kernel, memory_kib, seen_ns: 21_000 * MS, ..Moment::default() };
         GroundTruth { start: None, steps, end: Some(end) }
     }
 
@@ -180,12 +195,15 @@ mod tests {
         let all = Truths::of("d", &truth).burns(|_| "").idle("vda", "tap").disk("vda").memory(4096).take();
         let find = |quantity: &str| all.iter().find(|t| t["quantity"] == quantity).expect(quantity);
         let burn = find("vCPU 1 run + wait, cpu=cpu1:2s");
-        assert_eq!((&burn["value"], &burn["between_ns"]), (&json!(7), &json!([1_000, 2_000])));
-        assert_eq!(burn["metrics"], json!(["run_ns", "wait_ns"]));
+        assert_eq!((&burn["value"], &burn["metrics"]), (&json!(7), &json!(["run_ns", "wait_ns"])));
+        // The clocks are 4.1 s apart by the line that was seen soonest.
+        assert_eq!(burn["between_ns"], json!([5_130_000_000u64, 7_220_000_000u64]));
         assert_eq!(find("vda writes while idle, sleep=1s")["value"], 0);
         assert_eq!(find("vda writes")["value"], 10);
+        assert_eq!(find("vda writes")["between_ns"], json!([4_600_000_000u64, 19_500_000_000u64]));
         assert_eq!(find("vda written bytes")["value"], 80 * 512);
         assert_eq!(find("memory available")["value"], 2048);
+        assert_eq!(find("memory available")["at_ns"], 21_000_000_000u64);
         assert_eq!(find("memory given")["value"], 4096);
     }
 }

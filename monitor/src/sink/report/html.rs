@@ -107,7 +107,7 @@ fn domain(page: &mut String, domain: &DomainReport, plots: bool) {
         let titles: Vec<&str> = table::TRUTH_TITLES.into_iter().chain(["why they differ"]).collect();
         table_head(page, &titles, &(1..5));
         for (cells, note) in truths {
-            let cells: Vec<String> = cells.into_iter().chain([note.to_owned()]).collect();
+            let cells: Vec<String> = cells.into_iter().chain([note]).collect();
             table_row(page, &cells, 1..5, ("", ""));
         }
         page.push_str("</tbody></table></div>\n");

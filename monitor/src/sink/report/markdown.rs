@@ -48,7 +48,7 @@ fn domain(text: &mut String, domain: &DomainReport) {
         let titles: Vec<&str> = table::TRUTH_TITLES.into_iter().chain(["why they differ"]).collect();
         head(text, &titles, 1..5);
         for (cells, note) in truths {
-            let cells: Vec<String> = cells.into_iter().chain([note.to_owned()]).collect();
+            let cells: Vec<String> = cells.into_iter().chain([note]).collect();
             row(text, &cells);
         }
     }

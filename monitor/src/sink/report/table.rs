@@ -4,7 +4,8 @@ use crate::{
     compare::{
         amount::{amount, grouped, percent, signed, time},
         report::{
-            ComparisonReport, DomainReport, Finding, MetricReport, OwnReport, Report, TruthReport, Verdict,
+            ClaimReport, ComparisonReport, DomainReport, Finding, MetricReport, OwnReport, Report,
+            TruthReport, Verdict,
         },
     },
     reconcile::real,
@@ -76,29 +77,15 @@ fn pct_beside(amount: f64, pct: f64) -> String {
     if amount > 0.0 { format!(" ({})", percent(pct)) } else { String::new() }
 }
 
-/// A domain's truths: cells, and the note if some source is off.
-pub(super) fn truth_rows(domain: &DomainReport) -> Vec<([String; 5], &str)> {
+/// A domain's truths: cells, and why sources differ from them.
+pub(super) fn truth_rows(domain: &DomainReport) -> Vec<([String; 5], String)> {
     domain.truth.iter().map(truth_row).collect()
 }
 
-fn truth_row(truth: &TruthReport) -> ([String; 5], &str) {
+fn truth_row(truth: &TruthReport) -> ([String; 5], String) {
     let claim = |source: SourceKind| {
-        let Some(claim) = truth.claims.iter().find(|c| c.source == source.name()) else {
-            return "-".to_owned();
-        };
-        if claim.difference != 0.0 && claim.at_least <= truth.truth && truth.truth <= claim.value {
-            return format!(
-                "{} – {} (fits)",
-                amount(claim.at_least, truth.of),
-                amount(claim.value, truth.of)
-            );
-        }
-        let off = match claim.difference_pct {
-            _ if claim.difference == 0.0 => "=".to_owned(),
-            Some(pct) => signed(percent(pct)),
-            None => signed(amount(claim.difference, truth.of)),
-        };
-        format!("{} ({off})", amount(claim.value, truth.of))
+        let claim = truth.claims.iter().find(|c| c.source == source.name());
+        claim.map_or("-".to_owned(), |claim| says(claim, truth))
     };
     let cells = [
         truth.quantity.clone(),
@@ -107,8 +94,34 @@ fn truth_row(truth: &TruthReport) -> ([String; 5], &str) {
         claim(SourceKind::Procfs),
         claim(SourceKind::Libvirt),
     ];
-    let off = truth.claims.iter().any(|c| c.difference != 0.0);
-    (cells, if off { &truth.note } else { "" })
+    let mut reasons: Vec<String> = Vec::new();
+    for claim in truth.claims.iter().filter(|c| c.verdict != Verdict::Agree) {
+        reasons.push(format!("{}: {}", claim.source, claim.reason));
+    }
+    if truth.claims.iter().any(|c| c.value != truth.truth) && !truth.note.is_empty() {
+        reasons.push(truth.note.clone());
+    }
+    (cells, reasons.join(". "))
+}
+
+fn says(claim: &ClaimReport, truth: &TruthReport) -> String {
+    let value = |v: f64| amount(v, truth.of);
+    let says = if claim.at_least < claim.at_most {
+        format!("{} – {}", value(claim.at_least), value(claim.at_most))
+    } else {
+        value(claim.value)
+    };
+    let off = match claim.difference_pct {
+        Some(pct) => signed(percent(pct)),
+        None => signed(value(claim.difference)),
+    };
+    match claim.verdict {
+        Verdict::Agree if (claim.value - truth.truth).abs() < 0.5 => format!("{} (=)", value(claim.value)),
+        Verdict::Agree => format!("{says} (fits)"),
+        Verdict::Explained => format!("{says} ({off}: {})", claim.causes.join(", ")),
+        Verdict::Disagree => format!("{says} ({off}: WRONG)"),
+        Verdict::NotComparable => format!("{says} (?)"),
+    }
 }
 
 /// Nothing happened, and both say so.
@@ -170,8 +183,19 @@ pub(super) fn overall(report: &Report) -> String {
         (Some(limit), false) => format!(" The limit of {limit} % is kept."),
         (None, _) => String::new(),
     };
+    let truth = s.truth.map_or(String::new(), |t| {
+        let unknown = if t.not_comparable > 0 {
+            format!(", {} not to be told", t.not_comparable)
+        } else {
+            String::new()
+        };
+        format!(
+            " Against what is known exactly, {} claims: {} right, {} explained, {} wrong{unknown}.",
+            t.claims, t.right, t.explained, t.wrong
+        )
+    });
     format!(
-        "{} comparisons: {} agree, {} explained, {} disagree; {} could not be made. Largest unexplained difference: {}{place}.{limit}",
+        "{} comparisons: {} agree, {} explained, {} disagree; {} could not be made.{truth} Largest unexplained difference: {}{place}.{limit}",
         s.compared,
         s.agree,
         s.explained,

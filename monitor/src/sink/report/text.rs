@@ -68,7 +68,7 @@ fn domain(text: &mut String, domain: &DomainReport) {
     let truths = table::truth_rows(domain);
     if !truths.is_empty() {
         let rows: Vec<Vec<String>> = truths.iter().map(|(cells, _)| cells.to_vec()).collect();
-        let notes: Vec<&str> = truths.iter().map(|(_, note)| *note).collect();
+        let notes: Vec<&str> = truths.iter().map(|(_, note)| note.as_str()).collect();
         columns(text, &table::TRUTH_TITLES, &rows, &notes);
         text.push('\n');
     }
