@@ -72,7 +72,10 @@ fn probe_lines(text: &mut String, ebpf: &Ebpf) {
             None => {
                 let verified =
                     ebpf.verified(probe).map_or_else(String::new, |n| format!(", {n} instructions verified"));
-                line(text, &name, Ok(&format!("{}{verified}", probe.attach.describe())));
+                let loaded = ebpf
+                    .load_time(probe)
+                    .map_or_else(String::new, |t| format!(", loaded in {:.1} ms", t.as_secs_f64() * 1e3));
+                line(text, &name, Ok(&format!("{}{verified}{loaded}", probe.attach.describe())));
             }
             Some(reason) => line(text, &name, Err(&reason)),
         }

@@ -19,7 +19,13 @@ mod sched;
 mod times;
 mod traffic;
 
-use std::{io, os::fd::OwnedFd, path::Path};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::OwnedFd,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 pub use self::{
     block::{ImageSlot, NotWatched},
@@ -37,7 +43,7 @@ pub use self::{
     traffic::{Bursts, DeviceTraffic, DropPlace, Drops, Passed},
 };
 use aya::{
-    Btf, Ebpf as Object, EbpfLoader, Pod,
+    Btf, BtfError, Ebpf as Object, EbpfLoader, Pod,
     maps::{Map, MapData, MapError},
     programs::{
         BtfTracePoint, Iter, Program, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _,
@@ -80,7 +86,7 @@ pub enum EbpfError {
     Layout(#[from] layout::LayoutError),
     /// BTF could not be read by the loader.
     #[error("cannot read kernel type information (BTF)")]
-    Btf(#[source] aya::BtfError),
+    Btf(#[source] BtfError),
     /// The object was refused as a whole.
     #[error("the kernel refused the BPF maps: {0}")]
     Load(String),
@@ -125,12 +131,16 @@ pub struct ProgramRuns {
 pub struct Ebpf {
     object: Object,
     states: Vec<(Probe, ProbeState)>,
+    loads: Loads,
     sched: Option<Sched>,
     processes: Option<Processes>,
     kvm: Option<Kvm>,
     net: Option<Net>,
     block: Option<Block>,
 }
+
+/// How long the kernel took to verify, load and attach each program.
+type Loads = BTreeMap<&'static str, Duration>;
 
 #[repr(transparent)]
 #[derive(Clone, Copy)]
@@ -181,12 +191,13 @@ impl Ebpf {
             loader.override_global("BLOCK_LAYOUT", layout, true);
         }
         let mut object = loader.btf(Some(&btf)).load(OBJECT).map_err(|e| EbpfError::Load(one_line(&e)))?;
-        let mut this = Attaching { object: &mut object, btf: &btf, groups, states: Vec::new() };
+        let mut this =
+            Attaching { object: &mut object, btf: &btf, groups, states: Vec::new(), loads: Loads::new() };
         let with_sched = this.attach(ProbeGroup::Sched, sched.map(drop))?;
         let with_kvm = this.attach_kvm(with_sched)?;
         let with_net = this.attach(ProbeGroup::Net, net.map(drop))?;
         let with_block = this.attach(ProbeGroup::Block, block.map(drop))?;
-        let states = this.states;
+        let Attaching { states, loads, .. } = this;
         if !states.iter().any(|(_, state)| matches!(state, ProbeState::Attached | ProbeState::Ready)) {
             let refused = states.into_iter().find_map(|(_, state)| match state {
                 ProbeState::Failed(reason) => Some(reason),
@@ -204,7 +215,7 @@ impl Ebpf {
         let drops = runs("kfree_skb");
         let net = if with_net { Some(Net::new(&object, cpus, drops, reasons)?) } else { None };
         let block = if with_block { Some(Block::new(&object, &states)?) } else { None };
-        let mut this = Self { object, states, sched, processes, kvm, net, block };
+        let mut this = Self { object, states, loads, sched, processes, kvm, net, block };
         if let Some(sched) = &mut this.sched {
             sched.compare_clocks();
         }
@@ -223,6 +234,12 @@ impl Ebpf {
     #[must_use]
     pub fn verified(&self, probe: &Probe) -> Option<u32> {
         self.object.program(probe.program)?.info().ok()?.verified_instruction_count()
+    }
+
+    /// How long the kernel took to verify, load and attach a program, or to refuse it; `None` if it was not tried.
+    #[must_use]
+    pub fn load_time(&self, probe: &Probe) -> Option<Duration> {
+        self.loads.get(probe.program).copied()
     }
 
     /// Runs of each program so far; empty unless the kernel counts them.
@@ -423,9 +440,10 @@ impl Ebpf {
         self.states.retain(|(_, state)| !matches!(state, ProbeState::Waiting(_)));
         let groups = &[ProbeGroup::Kvm];
         let states = std::mem::take(&mut self.states);
-        let mut this = Attaching { object: &mut self.object, btf: &btf, groups, states };
+        let loads = std::mem::take(&mut self.loads);
+        let mut this = Attaching { object: &mut self.object, btf: &btf, groups, states, loads };
         let works = this.attach(ProbeGroup::Kvm, Ok(()));
-        self.states = this.states;
+        (self.states, self.loads) = (this.states, this.loads);
         if works? {
             let kernel = layout::kernel_types(Path::new(BTF_FILE))?;
             let mut kvm = Kvm::new(&self.object, &kernel)?;
@@ -529,6 +547,7 @@ struct Attaching<'a> {
     btf: &'a Btf,
     groups: &'a [ProbeGroup],
     states: Vec<(Probe, ProbeState)>,
+    loads: Loads,
 }
 
 impl Attaching<'_> {
@@ -547,7 +566,10 @@ impl Attaching<'_> {
         }
         let mut states = Vec::new();
         for probe in probes() {
-            match attach(self.object, probe, self.btf) {
+            let begin = Instant::now();
+            let attached = attach(self.object, probe, self.btf);
+            self.loads.insert(probe.program, begin.elapsed());
+            match attached {
                 Ok(()) => states.push((*probe, probe.attach.attained())),
                 Err(reason) if probe.need == Need::Required => {
                     for (attached, _) in &states {
@@ -767,6 +789,11 @@ fn program_error(error: &ProgramError) -> String {
     if let ProgramError::LoadError { io_error, verifier_log } = error {
         tracing::debug!(%verifier_log, "program refused");
         return io_error.to_string();
+    }
+    if let ProgramError::Btf(BtfError::UnknownBtfTypeName { type_name }) = error
+        && let Some(tracepoint) = type_name.strip_prefix("btf_trace_")
+    {
+        return format!("this kernel has no tracepoint {tracepoint}");
     }
     one_line(error)
 }
