@@ -70,12 +70,24 @@ fn for_each(act: impl Fn(&Path, &str, &str) -> Result<()>) -> Result<()> {
 impl Generated {
     /// The document with the part replaced.
     fn put(&self, document: &str, content: &str) -> Result<String> {
-        let missing = |marker| format!("the marker {marker} is missing");
-        let (before, rest) = document.split_once(self.begin).with_context(|| missing(self.begin))?;
-        let (_, after) = rest.split_once(self.end).with_context(|| missing(self.end))?;
-        let (begin, end, content) = (self.begin, self.end, content.trim());
-        Ok(format!("{before}{begin}\n\n{content}\n\n{end}{after}"))
+        put(document, (self.begin, self.end), content)
     }
+}
+
+/// Writes what is between two markers of a document.
+pub(crate) fn replace(file: &str, markers: (&str, &str), content: &str) -> Result<()> {
+    let file = paths::root().join(file);
+    let old = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    let new = put(&old, markers, content).with_context(|| file.display().to_string())?;
+    write(&file, &old, &new)
+}
+
+fn put(document: &str, (begin, end): (&str, &str), content: &str) -> Result<String> {
+    let missing = |marker| format!("the marker {marker} is missing");
+    let (before, rest) = document.split_once(begin).with_context(|| missing(begin))?;
+    let (_, after) = rest.split_once(end).with_context(|| missing(end))?;
+    let content = content.trim();
+    Ok(format!("{before}{begin}\n\n{content}\n\n{end}{after}"))
 }
 
 /// The first line that differs, as a diff shows it.

@@ -12,6 +12,7 @@ mod docs;
 mod ebpf;
 mod elf;
 mod kernel;
+mod kernels;
 mod lint;
 mod paths;
 mod process;
@@ -35,8 +36,9 @@ usage: cargo xtask SUBCOMMAND
   demo [ARGS]                  profile a small guest whose workload is known
   test [--unit-only|--live-only]
                                lint, unit tests, and as root live tests with a real guest
-  lab [--kernel 6.1|6.12|all] [--filter NAME] [-- COMMAND]
+  lab [--kernel 6.1|6.12|all] [--filter NAME | --short] [-- COMMAND]
                                the live tests (or a command) in a VM with that kernel, where KVM works; as root
+  kernels                      what the verifier of each kernel makes of the programs, into docs/kernels.md; as root
   lint                         formatting, clippy, documentation, generated documents
   bench sched                  cost of the probes at a context switch, as root; prints ratios side by side
   bench kvm                    cost of the probes at an exit and a return to user space, as root
@@ -75,6 +77,7 @@ fn dispatch(args: &[String]) -> Result<bool> {
         "demo" => demo::run(args)?,
         "test" => return test::run(args),
         "lab" => return vm::run(args),
+        "kernels" => kernels::run(args)?,
         "lint" => return lint::run(args),
         "bench" => bench::run(args)?,
         "docs" => docs::run(args)?,

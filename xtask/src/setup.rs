@@ -57,7 +57,7 @@ use Presence::{FileServer, PkgConfig, Program, PythonModule, StaticLibrary};
 use Scope::{Build, Guests};
 
 #[rustfmt::skip] // A table.
-const ITEMS: [Item; 17] = [
+const ITEMS: [Item; 19] = [
     Item { name: "cc", scope: Build, why: "links every Rust program", presence: Program("cc"),
            debian: "gcc libc6-dev", fedora: "gcc glibc-devel", arch: "gcc" },
     Item { name: "pkg-config", scope: Build, why: "finds the libvirt library", presence: Program("pkg-config"),
@@ -92,6 +92,10 @@ const ITEMS: [Item; 17] = [
            debian: FILE_SERVER_PACKAGE, fedora: "virtiofsd", arch: "virtiofsd" },
     Item { name: "mkfs.ext4", scope: Guests, why: "formats the disk of the VMs of `cargo xtask lab`", presence: Program("mkfs.ext4"),
            debian: "e2fsprogs", fedora: "e2fsprogs", arch: "e2fsprogs" },
+    Item { name: "losetup", scope: Guests, why: "makes block devices for the lab guest's disks", presence: Program("losetup"),
+           debian: "mount", fedora: "util-linux", arch: "util-linux" },
+    Item { name: "dmsetup", scope: Guests, why: "makes slow and failing disks in the VMs of `cargo xtask lab`", presence: Program("dmsetup"),
+           debian: "dmsetup", fedora: "device-mapper", arch: "device-mapper" },
 ];
 
 /// Debian 12's QEMU brings its own; later releases have a package for it, and QEMU's common files anyway.

@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::build::{self, Built};
 use crate::report::{Counts, Report, Verdict};
 use crate::setup::{self, Scope};
-use crate::{paths, process};
+use crate::{paths, process, vm};
 
 /// The user that nothing belongs to.
 const NOBODY: &str = "65534";
@@ -41,11 +41,14 @@ impl TestProgram {
 }
 
 impl TestProgram {
-    /// What this machine lacks for this program only.
+    /// Why this program is not for this machine.
     fn obstacle(&self) -> Option<String> {
         let kvm = Path::new("/dev/kvm");
-        let lacks = self.name == "live_kvm" && !kvm.exists();
-        lacks.then(|| format!("this machine has no {}", kvm.display()))
+        match self.name.as_str() {
+            "live_kvm" if !kvm.exists() => Some(format!("this machine has no {}", kvm.display())),
+            "live_vm" => Some("it changes its host: `cargo xtask lab` runs it in a VM".to_owned()),
+            _ => None,
+        }
     }
 }
 
@@ -214,6 +217,9 @@ fn run_live(programs: &[TestProgram], report: &mut Report) -> Result<()> {
                 }
             }
         }
+    }
+    if live_obstacle().is_none() {
+        vm::short(programs, report)?;
     }
     Ok(())
 }

@@ -88,6 +88,7 @@ impl Vm {
             None => {
                 line("the machine did not boot; trying once more");
                 let console = || fs::read(self.out.join("console.log")).unwrap_or_default();
+                let _ = fs::write(self.out.join("console-of-first-boot.log"), console()); // To look at, no more.
                 self.try_run(&mut line)?.with_context(|| {
                     format!("the machine does not boot; its console ends with\n{}", tail(&console()))
                 })

@@ -1,0 +1,445 @@
+//! What only a host has whose KVM works and whose kernel may be changed: a host under test, as `cargo xtask lab` boots it.
+//!
+//! Modules are loaded and unloaded, disks are made slow and made to fail. Nothing of that may happen to anybody's
+//! own machine, so every test refuses to run elsewhere.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test may panic, and prints what it measured"
+)]
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    net::SocketAddr,
+    os::unix::process::CommandExt as _,
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use lab::{Guest, GuestSpec, Hog, Lab, LabDirs, NicBackend, NicSpec, UdpSink, Which, send_datagrams};
+use serde_json::Value;
+use support::{Run, is_change_of, is_sample_of, program};
+
+#[path = "support/mod.rs"]
+#[expect(dead_code, reason = "each test program uses a part of it")]
+mod support;
+
+/// A guest of an emulated host boots slowly.
+const PATIENCE: Duration = Duration::from_secs(180);
+const UUID: &str = "5ec0de00-0000-4000-8000-0000000000f7";
+/// Every read of libvirt brings every group.
+const QUICK: [&str; 6] =
+    ["--interval", "100ms", "--libvirt-interval", "500ms", "--libvirt-slow-interval", "500ms"];
+
+fn lab() -> Lab {
+    only_here();
+    Lab::start(&LabDirs::from_env().unwrap()).unwrap()
+}
+
+fn only_here() {
+    let is_here = std::env::var_os("KVM_MONITOR_HOST_UNDER_TEST").is_some();
+    assert!(is_here, "this changes the host: it runs in the VM of `cargo xtask lab` only");
+}
+
+fn start(lab: &Lab, name: &str) -> Run {
+    Run::start(lab.command(program()), &[&["run", "--domain", name], &QUICK[..]].concat())
+}
+
+/// The next sample of a moment after now that is as wanted.
+fn fresh(run: &mut Run, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    let now = lab::monotonic_ns();
+    run.wait(what, |r| is_sample_of(r, UUID) && r["windows"]["ebpf"][0].as_u64() > Some(now) && wanted(r))
+}
+
+/// Stops a guest, or lets it go on, without libvirt's help, which would set up the tap once more.
+fn monitor_command(lab: &Lab, name: &str, command: &str) {
+    lab.virsh(&["qemu-monitor-command", name, "--hmp", command]).unwrap();
+}
+
+fn ebpf(sample: &Value, group: &str, metric: &str) -> u64 {
+    let entity = if group == "cpu" { &sample[group] } else { &sample[group][0] };
+    entity[metric]["ebpf"].as_u64().unwrap_or_else(|| panic!("no {group}.{metric} in {sample}"))
+}
+
+// ---- KVM and vhost
+
+/// While it stands still, a guest's exits are what KVM's own statistics say, its vhost thread has used what the scheduler
+/// says, and its tap has carried what the guest says.
+#[test]
+fn a_kvm_guest_with_vhost_is_counted_as_the_kernel_counts() {
+    const SENT: u64 = 3000;
+    const RECEIVED: u32 = 300;
+    let lab = lab();
+    let nic = NicSpec { backend: NicBackend::Vhost, ..NicSpec::new("tap-vm", 7) };
+    let script = format!(
+        "{} wait udp={}:5000x{SENT}x1400B udprx=5001x4s burn=cpu0:1s end=idle",
+        nic.net_step("eth0"),
+        nic.host_address
+    );
+    let spec =
+        GuestSpec { uuid: Some(UUID.to_owned()), nics: vec![nic.clone()], ..GuestSpec::new("vm", &script) };
+    let sink = UdpSink::start(&lab, 5000).unwrap();
+    let guest = lab.boot(&spec).unwrap();
+    guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
+    let mut run = start(&lab, "vm");
+    fresh(&mut run, "its exits", |r| r["vcpus"][0]["exits"]["ebpf"].is_u64());
+    let before = stand_still(&lab, &guest, &mut run);
+    guest.go_on(PATIENCE).unwrap();
+    guest.wait_begin(Which::Kind("udprx"), PATIENCE).unwrap();
+    let to = SocketAddr::from((nic.guest_address(), 5001));
+    assert_eq!(
+        send_datagrams(&lab, to, (RECEIVED, 700), Duration::from_millis(2)).unwrap(),
+        u64::from(RECEIVED)
+    );
+    let truth = guest.wait_end(PATIENCE).unwrap();
+    let after = stand_still(&lab, &guest, &mut run);
+    run.stop();
+
+    let grown = |group, metric| ebpf(&after.sample, group, metric) - ebpf(&before.sample, group, metric);
+    let exits = grown("vcpus", "exits");
+    println!("exits: {exits}, by KVM's statistics {}", after.kvm_exits - before.kvm_exits);
+    assert_eq!(exits, after.kvm_exits - before.kvm_exits);
+    let parts = ["guest_ns", "host_ns", "halt_poll_ns"].map(|part| grown("vcpus", part));
+    let run_ns = grown("vcpus", "run_ns");
+    println!("run {run_ns} ns: guest, host, polling {parts:?}");
+    assert_eq!(parts.iter().sum::<u64>(), run_ns);
+    assert!(parts[0] > 0 && parts[1] > 0);
+
+    let vhost = grown("cpu", "vhost_run_ns");
+    println!("vhost: {vhost} ns, by schedstat {} ns", after.vhost_run_ns - before.vhost_run_ns);
+    assert_eq!(vhost, after.vhost_run_ns - before.vhost_run_ns);
+    assert!(vhost > 0, "the packets did not pass vhost");
+    let classes = ["vcpu_run_ns", "emulator_run_ns", "iothread_run_ns", "worker_run_ns", "vhost_run_ns"];
+    let (sum, whole) =
+        (classes.map(|class| grown("cpu", class)).iter().sum::<u64>(), grown("cpu", "time_ns"));
+    println!("all threads: {whole} ns, the classes sum to {sum} ns");
+    assert!(sum <= whole && vhost < whole);
+
+    assert_eq!(sink.packets(), SENT);
+    let device = |name: &str| truth.total(&format!("net.eth0.{name}")).unwrap().unsigned_abs();
+    for (metric, expected) in [
+        ("tx_packets", SENT),
+        ("tx_bytes", SENT * (1400 + 42)),
+        ("rx_packets", u64::from(RECEIVED)),
+        ("rx_bytes", u64::from(RECEIVED) * (700 + 42)),
+    ] {
+        assert_eq!(grown("interfaces", metric), expected, "{metric}");
+        assert_eq!(device(metric), expected, "the guest's own {metric}");
+    }
+}
+
+/// A guest that stands still, by several accounts.
+struct Still {
+    sample: Value,
+    kvm_exits: u64,
+    vhost_run_ns: u64,
+}
+
+fn stand_still(lab: &Lab, guest: &Guest, run: &mut Run) -> Still {
+    let vhost = vhost_thread(guest.pid);
+    monitor_command(lab, &guest.name, "stop");
+    loop {
+        let (kvm_exits, vhost_run_ns) = (kvm_exits(guest.pid), run_ns(vhost));
+        let sample = fresh(run, "a sample", |r| r["vcpus"][0]["exits"]["ebpf"].is_u64());
+        // The sample lies in between.
+        if (kvm_exits, vhost_run_ns) == (self::kvm_exits(guest.pid), run_ns(vhost)) {
+            monitor_command(lab, &guest.name, "cont");
+            return Still { sample, kvm_exits, vhost_run_ns };
+        }
+    }
+}
+
+/// Exits of all vCPUs of a process, as KVM counts them itself.
+fn kvm_exits(pid: u32) -> u64 {
+    let machines = fs::read_dir("/sys/kernel/debug/kvm").unwrap().flatten();
+    let mut of_process =
+        machines.filter(|machine| machine.file_name().to_string_lossy().starts_with(&format!("{pid}-")));
+    let machine = of_process.next().expect("KVM's statistics of the guest");
+    fs::read_to_string(machine.path().join("exits")).unwrap().trim().parse().unwrap()
+}
+
+/// The thread is QEMU's since Linux 6.4, and the kernel's before.
+fn vhost_thread(pid: u32) -> u32 {
+    let name = format!("vhost-{pid}");
+    let ids = |directory: String| {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).collect::<Vec<_>>()
+    };
+    let mut all = [ids(format!("/proc/{pid}/task")), ids("/proc".to_owned())].concat().into_iter();
+    let is_vhost =
+        |tid: &u32| fs::read_to_string(format!("/proc/{tid}/comm")).is_ok_and(|comm| comm.trim_end() == name);
+    all.find(is_vhost).expect("a vhost thread")
+}
+
+fn run_ns(tid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{tid}/schedstat")).unwrap();
+    stat.split(' ').next().unwrap().parse().unwrap()
+}
+
+// ---- steal
+
+/// A busy loop shares the CPU of a busy vCPU. What the guest's kernel counts as stolen is what its thread waited here.
+#[test]
+fn what_a_guest_sees_as_steal_is_its_wait() {
+    const TICK_NS: u64 = 10_000_000; // The guest counts in these.
+    let lab = lab();
+    let spec = GuestSpec {
+        uuid: Some(UUID.to_owned()),
+        vcpu_pin: Some("1".to_owned()),
+        ..GuestSpec::new("steal", "wait burn=cpu0:8s end=idle")
+    };
+    let guest = lab.boot(&spec).unwrap();
+    guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
+    let mut run = start(&lab, "steal");
+    let before = fresh(&mut run, "a sample at rest", |_| true);
+    let hog = Hog::start(&lab, 1).unwrap();
+    guest.go_on(PATIENCE).unwrap();
+    let truth = guest.wait_end(PATIENCE).unwrap();
+    drop(hog);
+    let after = fresh(&mut run, "a sample at rest again", |_| true);
+    run.stop();
+    let wait = ebpf(&after, "vcpus", "wait_ns") - ebpf(&before, "vcpus", "wait_ns");
+    // Since the start of its script, before which there was no rival, nor any time to steal.
+    let ticks = truth.end.as_ref().unwrap().kernel.get("stat.cpu0.steal").copied().unwrap_or(0);
+    let steal = ticks.unsigned_abs() * TICK_NS;
+    println!("waited {wait} ns, stolen {steal} ns by the guest's count");
+    assert!(steal > 1_000_000_000, "nobody took the CPU");
+    assert!(wait.abs_diff(steal) <= steal / 20, "waited {wait} ns, the guest says {steal}");
+}
+
+// ---- disks that are slow, and that fail
+
+/// A block device of the kernel's, gone when dropped.
+struct Device {
+    name: &'static str,
+    sectors: u64,
+    file: std::path::PathBuf,
+    below: String,
+}
+
+impl Device {
+    const BYTES: u64 = 16 << 20;
+
+    /// A device-mapper device over a loop device over a file.
+    fn new(lab: &Lab, name: &'static str) -> Self {
+        modprobe(&["dm-mod", "dm-delay", "loop"]);
+        let file = lab.scratch().join(name);
+        fs::write(&file, vec![0x5a; usize::try_from(Self::BYTES).unwrap()]).unwrap();
+        let below = tool("losetup", &["--find", "--show", "--direct-io=on", &file.to_string_lossy()]);
+        let device = Self { name, sectors: Self::BYTES / 512, file, below: below.trim().to_owned() };
+        tool("dmsetup", &["create", name, "--table", &device.linear()]);
+        device
+    }
+
+    fn linear(&self) -> String {
+        format!("0 {} linear {} 0", self.sectors, self.below)
+    }
+
+    /// Every request takes so many milliseconds longer.
+    fn delay(&self, ms: u32) -> String {
+        format!("0 {} delay {} 0 {ms}", self.sectors, self.below)
+    }
+
+    /// Every request fails.
+    fn fail(&self) -> String {
+        format!("0 {} error", self.sectors)
+    }
+
+    /// Changes what it does, with requests under way.
+    fn become_(&self, table: &str) {
+        tool("dmsetup", &["reload", self.name, "--table", table]);
+        tool("dmsetup", &["suspend", "--nolockfs", self.name]);
+        tool("dmsetup", &["resume", self.name]);
+    }
+
+    fn path(&self) -> String {
+        format!("/dev/mapper/{}", self.name)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // While a test fails, QEMU has it open still; the VM ends with all of it.
+        let _ = Command::new("dmsetup").args(["remove", "--deferred", self.name]).status();
+        let _ = Command::new("losetup").args(["--detach", &self.below]).status();
+        let _ = fs::remove_file(&self.file);
+    }
+}
+
+fn modprobe(modules: &[&str]) {
+    tool("modprobe", &[&["--all"], modules].concat());
+}
+
+/// Without udev nobody else makes the files of devices.
+fn tool(name: &str, arguments: &[&str]) -> String {
+    let output = Command::new(name).env("DM_DISABLE_UDEV", "1").args(arguments).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{name} {arguments:?}: {message}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A disk of a guest that is a device of the host, with direct I/O.
+fn disk_xml(device: &str, target: &str, io: &str) -> String {
+    format!(
+        "<disk type='block' device='disk'><driver name='qemu' type='raw' cache='none' io='{io}'/>\
+         <source dev='{device}'/><target dev='{target}' bus='virtio'/></disk>"
+    )
+}
+
+fn boot_with(lab: &Lab, disks: &str, script: &str) -> Guest {
+    let spec = GuestSpec {
+        uuid: Some(UUID.to_owned()),
+        extra_devices_xml: disks.to_owned(),
+        ..GuestSpec::new("disks", script)
+    };
+    let guest = lab.boot(&spec).unwrap();
+    guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
+    guest
+}
+
+fn disk<'s>(sample: &'s Value, target: &str) -> &'s Value {
+    let disks = sample["disks"].as_array().unwrap();
+    disks.iter().find(|disk| disk["target"] == target).unwrap_or_else(|| panic!("no {target} in {sample}"))
+}
+
+/// Every request takes a known time at least.
+#[test]
+fn a_known_delay_of_a_disk_is_in_its_latencies() {
+    let lab = lab();
+    let device = Device::new(&lab, "lab-slow");
+    device.become_(&device.delay(DELAY_MS));
+    assert_delay_is_seen(&lab, &device.path(), "native");
+}
+
+const DELAY_MS: u32 = 30;
+
+/// Reads of a guest on a device that lets each wait for [`DELAY_MS`].
+fn assert_delay_is_seen(lab: &Lab, device: &str, io: &str) {
+    const READS: u64 = 40;
+    let delay_ns = u64::from(DELAY_MS) * 1_000_000;
+    let guest = boot_with(lab, &disk_xml(device, "vda", io), &format!("wait read=vda:{READS}x4096 end=idle"));
+    let mut run = start(lab, "disks");
+    let read = |r: &Value, metric: &str| disk(r, "vda")[metric]["ebpf"].as_u64();
+    let before = fresh(&mut run, "the disk", |r| read(r, "rd_req").is_some());
+    guest.go_on(PATIENCE).unwrap();
+    guest.wait_end(PATIENCE).unwrap();
+    let expected = read(&before, "rd_req").unwrap() + READS;
+    let after = fresh(&mut run, "every read", |r| read(r, "rd_req") == Some(expected));
+    // Histograms come once a second.
+    fresh(&mut run, "the last latencies", |r| disk(r, "vda")["rd_latency_hist_ns"].is_array());
+    let ended = run.stop();
+    let (mut slow, mut quick) = (0, 0);
+    for sample in ended.records.iter().filter(|r| is_sample_of(r, UUID)) {
+        for bucket in disk(sample, "vda")["rd_latency_hist_ns"].as_array().into_iter().flatten() {
+            let [_, high, count] = [0, 1, 2].map(|at| bucket[at].as_u64().unwrap());
+            *(if high > delay_ns { &mut slow } else { &mut quick }) += count;
+        }
+    }
+    let took = read(&after, "rd_time_ns").unwrap() - read(&before, "rd_time_ns").unwrap();
+    println!("{READS} reads took {took} ns; {slow} of them {DELAY_MS} ms and more");
+    assert!(took >= READS * delay_ns, "{took} ns");
+    assert_eq!((slow, quick), (READS, 0), "reads as slow as the device, and quicker ones");
+    guest.destroy().unwrap();
+}
+
+/// Every request fails for a while, under a guest that keeps asking; then none does any more.
+#[test]
+fn a_disk_that_fails_under_load_is_told_by_error() {
+    let lab = lab();
+    let device = Device::new(&lab, "lab-bad");
+    let guest = boot_with(
+        &lab,
+        &disk_xml(&device.path(), "vda", "native"),
+        "wait read=vda:5x4096 wait end=idle times=3",
+    );
+    let mut run = start(&lab, "disks");
+    let errors = |r: &Value| disk(r, "vda")["errs"]["ebpf"].as_u64();
+    let done = |r: &Value| disk(r, "vda")["rd_req"]["ebpf"].as_u64();
+    let healthy = fresh(&mut run, "the disk", |r| errors(r).is_some());
+    assert_eq!(errors(&healthy), Some(0));
+    device.become_(&device.fail());
+    guest.go_on(PATIENCE).unwrap();
+    let failed = fresh(&mut run, "failed requests", |r| errors(r) > Some(0));
+    println!("{}", disk(&failed, "vda"));
+    assert_eq!(disk(&failed, "vda")["errors"]["EIO"].as_u64(), errors(&failed));
+    assert_eq!(done(&failed), done(&healthy), "failed requests are no requests done");
+    device.become_(&device.linear());
+    guest.wait_step(Which::Kind("read"), PATIENCE).unwrap();
+    // Through the second `wait` of this round and the first of the next one.
+    for step in [2, 3] {
+        guest.wait_begin(Which::Number(step), PATIENCE).unwrap();
+        guest.go_on(PATIENCE).unwrap();
+    }
+    let well = fresh(&mut run, "requests done", |r| done(r) >= done(&healthy).map(|n| n + 5));
+    assert_eq!(disk(&well, "vda")["inflight"]["ebpf"], 0);
+    run.stop();
+    guest.destroy().unwrap();
+}
+
+fn unload(modules: &[&str]) {
+    let deadline = Instant::now() + PATIENCE;
+    // What had it open lets go a moment later.
+    while !Command::new("modprobe").arg("--remove").args(modules).status().unwrap().success() {
+        assert!(Instant::now() < deadline, "{modules:?} cannot be unloaded");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+// ---- KVM that comes late
+
+/// Loads KVM again, whatever happens.
+struct Unloaded;
+
+impl Unloaded {
+    fn new() -> Self {
+        unload(&["kvm_amd", "kvm"]);
+        Self
+    }
+}
+
+impl Drop for Unloaded {
+    fn drop(&mut self) {
+        modprobe(&["kvm_amd"]);
+    }
+}
+
+#[test]
+fn kvm_that_is_loaded_later_is_counted_from_then_on() {
+    only_here();
+    let unloaded = Unloaded::new();
+    assert!(!Path::new("/dev/kvm").exists());
+    let mut run = Run::start(Command::new(program()), &["run", "--libvirt", "off", "--interval", "100ms"]);
+    let session = run.wait("the session", |r| r["type"] == "session");
+    let probes = session["probes"].as_array().unwrap();
+    let exit = probes.iter().find(|probe| probe["name"] == "kvm_exit").unwrap();
+    println!("{exit}");
+    assert_eq!(exit["state"], "waiting");
+    assert!(exit["reason"].as_str().unwrap().contains("modprobe"), "{exit}");
+    drop(unloaded);
+    run.wait("word of it", |r| r["type"] == "event" && r["detail"].as_str().unwrap().contains("attached"));
+
+    let mut kvmex = Command::new(std::env::var_os("KVM_MONITOR_KVMEX").unwrap());
+    kvmex.arg0("qemu-system-kvmex").args(["-name", "guest=late", "-uuid", UUID, "-accel", "kvm"]);
+    kvmex.args(["outs=1000", "cpuids=50", "hlts=100"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut kvmex = kvmex.spawn().unwrap();
+    let (mut rounds, says) = (kvmex.stdin.take().unwrap(), BufReader::new(kvmex.stdout.take().unwrap()));
+    let mut says = says.lines();
+    assert!(says.next().unwrap().unwrap().starts_with("ready "));
+    run.wait("the machine", |r| is_change_of(r, UUID, "appeared"));
+    run.wait("its vCPU", |r| is_sample_of(r, UUID) && r["vcpus"][0]["userspace_exits"]["ebpf"].is_u64());
+    writeln!(rounds).unwrap();
+    assert_eq!(says.next().unwrap().unwrap(), "done 1001 0 100");
+    let sample =
+        fresh(&mut run, "its exits by reason", |r| r["vcpus"][0]["exit_reasons"]["io"]["count"] == 1001);
+    let reasons = &sample["vcpus"][0]["exit_reasons"];
+    println!("{reasons}");
+    assert_eq!((&reasons["hlt"]["count"], &reasons["cpuid"]["count"]), (&100.into(), &50.into()));
+    let exits = sample["vcpus"][0]["exits"]["ebpf"].as_u64().unwrap();
+    let sum: u64 = reasons.as_object().unwrap().values().map(|r| r["count"].as_u64().unwrap()).sum();
+    assert_eq!(sum, exits);
+    run.stop();
+    kvmex.kill().unwrap();
+    kvmex.wait().unwrap();
+}
