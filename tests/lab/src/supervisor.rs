@@ -27,7 +27,7 @@ pub(crate) struct Supervisor {
 }
 
 impl Supervisor {
-    /// Starts the supervisor in new mount and network namespaces.
+    /// Starts the supervisor in new mount, network and host name namespaces.
     pub(crate) fn start(scratch: &Path, cache: &Path) -> Result<Self> {
         let mut command = Command::new("bash");
         command.arg("-c").arg(SCRIPT).arg("supervisor").arg(scratch).arg(cache).current_dir("/");
@@ -87,7 +87,9 @@ impl Drop for Supervisor {
 fn become_supervisor() -> std::io::Result<()> {
     rustix::process::setsid()?;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
-    // SAFETY: neither flag concerns file descriptors or memory; the process has one thread.
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::NEWNET) }?;
+    // SAFETY: no flag concerns file descriptors or memory; the process has one thread.
+    unsafe {
+        rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWUTS)
+    }?;
     Ok(())
 }

@@ -59,8 +59,11 @@ private_directories() {
   mount --bind "$cache" /var/cache/libvirt
 }
 
+# A host of its own, by name and UUID: libvirt migrates no guest to the host it runs on.
 configure() {
-  cat >/etc/libvirt/libvirtd.conf <<'CONF'
+  echo "lab-$$" >/proc/sys/kernel/hostname
+  echo "host_uuid = \"$(</proc/sys/kernel/random/uuid)\"" >/etc/libvirt/libvirtd.conf
+  cat >>/etc/libvirt/libvirtd.conf <<'CONF'
 auth_unix_ro = "none"
 auth_unix_rw = "none"
 unix_sock_ro_perms = "0777"
