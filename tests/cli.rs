@@ -346,7 +346,7 @@ fn bad_usage_is_refused_with_cause_and_fix() {
         ("run --probes sched,nonsense", "'nonsense' for '--probes", "[possible values: sched"),
         ("run --ebpf off --probes sched", "--probes and --ebpf off contradict", "leave out one"),
         ("list --format xml", "'xml' for '--format", "[possible values: text, json]"),
-        ("schema --format xml", "'xml' for '--format", "[possible values: json, markdown]"),
+        ("schema --format xml", "'xml' for '--format", "[possible values: json, markdown, equivalents]"),
     ] {
         let ended = run(line).refused(&[cause]);
         assert!(ended.stderr.contains(fix), "{line}: {fix:?} is not in {}", ended.stderr);
@@ -755,20 +755,41 @@ fn list_shows_domains_as_text_and_as_lines() {
 
 #[test]
 fn check_says_what_each_source_can_do() {
-    let report = run_without_capabilities("check --connect test:///default").fine().stdout;
-    let says =
-        |name: &str| report.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("{report}"));
+    let says = |report: &str, name: &str| {
+        report.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("{report}")).to_owned()
+    };
+    let report = run_without_capabilities(&format!("check --connect {NO_LIBVIRT}")).fine().stdout;
     for part in probe_obstacles() {
-        assert!(says("ebpf ").contains(part), "{part:?} is not in {report}");
+        assert!(says(&report, "ebpf ").contains(part), "{part:?} is not in {report}");
     }
-    assert!(says("libvirt ").contains("yes  test:///default answers"), "{report}");
-    assert!(says("procfs ").contains(" yes "), "{report}");
+    assert!(says(&report, "procfs ").contains(" yes "), "{report}");
+    let report = run("check --connect test:///default").fine().stdout;
+    assert!(says(&report, "libvirt ").contains("yes  test:///default answers"), "{report}");
+    for host in ["ebpf ", "procfs "] {
+        assert!(says(&report, host).contains("test driver"), "{report}");
+    }
 
     let report = run(&format!("check --ebpf off --connect {NO_LIBVIRT}")).fine().stdout;
     assert!(report.contains("/nonexistent/s") && report.contains("systemctl start"), "{report}");
     assert_eq!(report.matches("Failed to connect").count(), 1, "said once: {report}");
     let report = run("check --ebpf off --libvirt off").fine().stdout;
     assert_eq!(report.matches("switched off").count(), 2, "{report}");
+}
+
+/// Their kernel is another one: what has their names here is something else.
+#[test]
+fn domains_elsewhere_are_libvirts_alone() {
+    let ended = run("run --connect test:///default --interval 10ms --duration 50ms");
+    assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
+    let session: Value = serde_json::from_str(ended.stdout.lines().next().unwrap()).unwrap();
+    for source in ["ebpf", "procfs"] {
+        let told = &session["sources"][source];
+        assert_eq!(told["available"], false, "{told}");
+        assert!(told["reason"].as_str().unwrap().contains("test driver"), "{told}");
+    }
+    assert_eq!(session["sources"]["libvirt"]["available"], true);
+    let line = "run --connect qemu+ssh://nobody@host.invalid/system --ebpf require --interval 10ms";
+    run(line).refused(&["--ebpf require", "host.invalid", "run kvm-monitor there"]);
 }
 
 #[test]

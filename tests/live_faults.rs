@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -418,6 +419,215 @@ fn proc_alone_is_a_source() {
     let ended = run.stop();
     assert!(ended.records.iter().all(|r| !has_window(r, "ebpf") && !has_window(r, "libvirt")));
 }
+
+/// All rows of the ladder: what each combination of sources tells, by one schema.
+#[test]
+fn every_row_of_the_ladder_tells_what_it_can() {
+    let stage = stage();
+    for (ebpf, libvirt) in [("require", "require"), ("off", "require"), ("require", "off"), ("off", "off")] {
+        let mut run = stage.run(&[&["--ebpf", ebpf, "--libvirt", libvirt], &QUICK[..]].concat());
+        let with = |on: &str, source: &'static str| (on == "require").then_some(source);
+        let sources = [with(ebpf, "ebpf"), with(libvirt, "libvirt"), Some("procfs")];
+        let has = |value: &Value, source: &str| value[source].is_u64();
+        run.wait(&format!("figures with --ebpf {ebpf} --libvirt {libvirt}"), |r| {
+            let everywhere = ["/cpu/time_ns", "/vcpus/0/run_ns", "/interfaces/0/rx_bytes"];
+            let there = |place: &&str, source: &str| r.pointer(place).is_some_and(|value| has(value, source));
+            is_sample_of(r, UUID)
+                && sources.iter().flatten().all(|s| everywhere.iter().all(|place| there(place, s)))
+                && there(&"/memory/rss_bytes", "procfs")
+                && (libvirt == "off" || there(&"/memory/actual_bytes", "libvirt"))
+                && (ebpf == "off" || there(&"/disks/0/rd_req", "ebpf"))
+                && r["disks"].as_array().unwrap().len() == 1
+        });
+        let ended = run.stop();
+        let disk =
+            ended.records.iter().rev().find(|r| r["type"] == "domain").unwrap()["domain"]["disks"][0].clone();
+        assert!(disk["source"].as_str().unwrap().ends_with("faults-vda.raw"), "{disk}");
+        for (source, on) in [("ebpf", ebpf), ("libvirt", libvirt)] {
+            let info = &ended.records[0]["sources"][source];
+            assert_eq!(info["available"], on == "require", "{info}");
+            assert_eq!(info["reason"].is_string(), on == "off", "{info}");
+        }
+    }
+}
+
+/// By hand and as Proxmox does; the process tracepoints tell of start and end.
+#[test]
+fn qemus_that_nobody_manages_are_found_as_they_come_and_go() {
+    let stage = stage();
+    let uuid = "5ec0de00-0000-4000-8000-0000000000fc";
+    let image = stage.lab.scratch().join("plain.raw");
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let start = |program: &str, words: &str| {
+        let script = format!(
+            "exec -a {program} qemu-system-x86_64 -accel tcg -S -display none -nodefaults -m 32 {words} \
+             -netdev tap,id=net0,ifname=tap-plain,script=no,downscript=no \
+             -device virtio-net-pci,netdev=net0,id=net0,mac=52:54:00:77:01:01"
+        );
+        Owned(stage.lab.command("bash").args(["-c", &script]).spawn().unwrap())
+    };
+    let image = image.display();
+    let by_hand = format!(
+        "-name by-hand,debug-threads=on -uuid {uuid} -drive file={image},if=virtio,format=raw,cache=none"
+    );
+    let proxmox = format!(
+        "-name build,debug-threads=on -smbios type=1,uuid={uuid} -drive file={image},if=none,id=drive-scsi0,format=raw,cache=none \
+         -device virtio-blk-pci,drive=drive-scsi0,id=scsi0"
+    );
+    let cases =
+        [("qemu-system-x86_64", by_hand, "by-hand", None), ("/usr/bin/kvm", proxmox, "build", Some("scsi0"))];
+    for (program, words, name, target) in cases {
+        for (ebpf, interval) in [("require", "1h"), ("off", "100ms")] {
+            let args = ["--ebpf", ebpf, "--libvirt", "off", "--interval", interval];
+            let mut run = stage.run_unfiltered(&args);
+            run.wait("a sample", |r| is_sample_of(r, UUID));
+            let qemu = start(program, &words);
+            let pid = qemu.0.id();
+            let complete = |d: &Value| {
+                d["uuid"] == uuid
+                    && d["disks"][0].is_object()
+                    && d["interfaces"][0].is_object()
+                    && d["vcpus"][0].is_object()
+            };
+            let told = run.wait("the new process", |r| r["type"] == "domain" && complete(&r["domain"]));
+            let domain = &told["domain"];
+            assert_eq!(
+                (&domain["name"], &domain["pid"], &domain["found_by"]),
+                (&name.into(), &pid.into(), &"procfs".into())
+            );
+            assert_eq!(domain["interfaces"][0]["device"], "tap-plain");
+            assert!(domain["disks"][0]["source"].as_str().unwrap().ends_with("plain.raw"), "{domain}");
+            if let Some(target) = target {
+                assert_eq!(domain["disks"][0]["target"], target);
+            }
+            assert_eq!(domain["memory"]["max_bytes"], 32 << 20);
+            if ebpf == "off" {
+                run.wait("its sample", |r| {
+                    is_sample_of(r, uuid) && r["vcpus"][0]["run_ns"]["procfs"].is_u64()
+                });
+            }
+            drop(qemu);
+            run.wait("its end", |r| is_change_of(r, uuid, "gone"));
+            run.stop();
+        }
+    }
+}
+
+/// Killed when dropped.
+struct Owned(std::process::Child);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Nobody, with the capabilities that the documents name and no others, and libvirt's read-only socket.
+#[test]
+fn an_ordinary_user_with_few_capabilities_gets_everything() {
+    let stage = stage();
+    let few = "+bpf,+perfmon,+sys_ptrace,+dac_read_search";
+    let mut command = stage.lab.command("setpriv");
+    command.args([
+        "--reuid",
+        "65534",
+        "--regid",
+        "65534",
+        "--clear-groups",
+        "--bounding-set",
+        &format!("-all,{few}"),
+    ]);
+    command.args(["--inh-caps", &format!("-all,{few}"), "--ambient-caps", &format!("-all,{few}")]);
+    // A directory above the checkout may be closed to others.
+    let copy = stage.lab.scratch().join("kvm-monitor");
+    fs::copy(program(), &copy).unwrap();
+    command.args(["--"]).arg(&copy);
+    let everything = ["--ebpf", "require", "--libvirt", "require", "--domain", NAME];
+    let mut run = Run::start(command, &[&["run"], &everything[..], &QUICK[..]].concat());
+    // Each comes when it comes.
+    for (place, source) in [
+        ("/vcpus/0/run_ns", "ebpf"),
+        ("/vcpus/0/run_ns", "libvirt"),
+        ("/vcpus/0/run_ns", "procfs"),
+        ("/interfaces/0/rx_bytes", "ebpf"),
+        ("/disks/0/rd_req", "ebpf"),
+        ("/memory/pss_bytes", "procfs"),
+    ] {
+        run.wait(&format!("{place} of {source}"), |r| {
+            is_sample_of(r, UUID) && r.pointer(place).is_some_and(|value| value[source].is_u64())
+        });
+    }
+    let status = fs::read_to_string(format!("/proc/{}/status", run.child.id())).unwrap();
+    assert!(status.lines().any(|line| line.starts_with("Uid:\t65534\t65534")), "{status}");
+    let ended = run.stop();
+    let failed = ended.records[0]["probes"].as_array().unwrap().iter().filter(|p| p["state"] == "failed");
+    let mut as_root = stage.run(&QUICK);
+    as_root.wait("a sample", |r| is_sample_of(r, UUID));
+    let failed_as_root = as_root.stop().records[0]["probes"].as_array().unwrap().clone();
+    let failed_as_root = failed_as_root.iter().filter(|p| p["state"] == "failed").count();
+    assert_eq!(failed.count(), failed_as_root, "every probe that root can attach");
+}
+
+/// The wall clock is for people: a step of it is told, and changes nothing else.
+#[test]
+fn a_step_of_the_wall_clock_is_told_and_changes_no_rate() {
+    let stage = stage();
+    let [code, library, offset] = ["step.c", "step.so", "offset"].map(|name| stage.lab.scratch().join(name));
+    fs::write(&code, STEPPED_CLOCK.replace("OFFSET", offset.to_str().unwrap())).unwrap();
+    let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &code]).status().unwrap();
+    assert!(built.success());
+    let set = |seconds: &str| {
+        let new = offset.with_extension("new");
+        fs::write(&new, seconds).unwrap();
+        fs::rename(new, &offset).unwrap();
+    };
+    set("0");
+    let mut command = stage.lab.command(program());
+    command.env("LD_PRELOAD", &library);
+    let mut run = Run::start(command, &[&["run", "--domain", NAME], &QUICK[..]].concat());
+    run.wait("a rate", |r| is_sample_of(r, UUID) && r["vcpus"][0]["run_ns"]["per_s"].is_f64());
+    for seconds in ["-7200", "7200"] {
+        set(seconds);
+        let told = run.wait("the step", |r| r["type"] == "event" && r["kind"] == "clock_step");
+        let amount = told["detail"].as_str().unwrap().split(' ').find_map(|word| word.parse::<f64>().ok());
+        let expected = if seconds == "7200" { 14_400.0 } else { -7200.0 };
+        assert!((amount.unwrap() - expected).abs() < 10.0, "{told}");
+        for _ in 0..5 {
+            run.wait("a rate", |r| is_sample_of(r, UUID) && r["vcpus"][0]["run_ns"]["per_s"].is_f64());
+        }
+    }
+    let ended = run.stop();
+    let cpus = ended.records[0]["host"]["cpus"].as_f64().unwrap();
+    let mut last = 0;
+    for sample in ended.records.iter().filter(|r| is_sample_of(r, UUID)) {
+        let now = sample["mono_ns"].as_u64().unwrap();
+        assert!(now > std::mem::replace(&mut last, now), "{sample}");
+        let util = sample["cpu"]["util_pct"]["value"].as_f64().unwrap_or(0.0);
+        // A tick of the clock more or less in a short interval.
+        assert!((0.0..=100.0 * cpus + 50.0).contains(&util), "{sample}");
+    }
+}
+
+/// Stands before the C library's clock and moves the wall clock by as many seconds as a file says.
+const STEPPED_CLOCK: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <time.h>
+int clock_gettime(clockid_t clock, struct timespec *to) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    int result = real(clock, to);
+    if (result == 0 && clock == CLOCK_REALTIME) {
+        FILE *file = fopen("OFFSET", "r");
+        long seconds = 0;
+        if (file) { if (fscanf(file, "%ld", &seconds) != 1) seconds = 0; fclose(file); }
+        to->tv_sec += seconds;
+    }
+    return result;
+}
+"#;
 
 // ---- the stage: one lab and one guest for all tests, one test at a time
 

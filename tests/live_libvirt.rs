@@ -181,6 +181,169 @@ fn what_happens_to_a_domain_is_told_by_events() {
     assert!(ended.records.iter().all(|r| r["kind"] != "counter_reset"), "nothing restarted");
 }
 
+// ---- what libvirt tells, all of it
+
+/// Every figure that ceilometer's inspector reads, of a guest at rest, as `virsh` prints it.
+#[test]
+fn libvirts_figures_are_as_virsh_prints_them() {
+    let stage = stage();
+    let _other = stage.boot_other(StartState::Paused);
+    let mut run = stage.run(&[&["--ebpf", "off"], &QUICK[..]].concat());
+    let complete = |r: &Value| {
+        is_sample_of(r, OTHER_UUID) && tells_of_disks(r) && r["memory"]["actual_bytes"].is_object()
+    };
+    run.wait("all figures", complete);
+    let printed = stage.lab.virsh(&["domstats", "--raw", OTHER]).unwrap();
+    let sample = run.wait("all figures", complete);
+    let number = |name: &str| {
+        let line = printed.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('='));
+        line.unwrap_or_else(|| panic!("no {name} in {printed}")).parse::<u64>().unwrap()
+    };
+    let of = |place: &str, metric: &str| {
+        let value = sample.pointer(&format!("/{place}/{metric}/libvirt"));
+        value.and_then(Value::as_u64).unwrap_or_else(|| panic!("no {place} {metric} in {sample}"))
+    };
+    for (place, metric, name, scale) in [
+        ("cpu", "vcpus_online", "vcpu.current", 1),
+        ("disks/0", "rd_req", "block.0.rd.reqs", 1),
+        ("disks/0", "rd_bytes", "block.0.rd.bytes", 1),
+        ("disks/0", "rd_time_ns", "block.0.rd.times", 1),
+        ("disks/0", "wr_req", "block.0.wr.reqs", 1),
+        ("disks/0", "wr_bytes", "block.0.wr.bytes", 1),
+        ("disks/0", "wr_time_ns", "block.0.wr.times", 1),
+        ("disks/0", "fl_req", "block.0.fl.reqs", 1),
+        ("disks/0", "fl_time_ns", "block.0.fl.times", 1),
+        ("disks/0", "capacity_bytes", "block.0.capacity", 1),
+        ("disks/0", "allocation_bytes", "block.0.allocation", 1),
+        ("disks/0", "physical_bytes", "block.0.physical", 1),
+        ("interfaces/0", "rx_bytes", "net.0.rx.bytes", 1),
+        ("interfaces/0", "rx_packets", "net.0.rx.pkts", 1),
+        ("interfaces/0", "rx_errs", "net.0.rx.errs", 1),
+        ("interfaces/0", "rx_drop", "net.0.rx.drop", 1),
+        ("interfaces/0", "tx_bytes", "net.0.tx.bytes", 1),
+        ("interfaces/0", "tx_packets", "net.0.tx.pkts", 1),
+        ("interfaces/0", "tx_errs", "net.0.tx.errs", 1),
+        ("interfaces/0", "tx_drop", "net.0.tx.drop", 1),
+        ("memory", "actual_bytes", "balloon.current", 1024),
+    ] {
+        assert_eq!(of(place, metric), number(name) * scale, "{place} {metric}");
+    }
+    assert_eq!(sample["vcpus"][0]["libvirt_state"], "running");
+    run.stop();
+}
+
+/// Perf events and dirty rates are there once somebody has asked libvirt for them, limits as they are set.
+#[test]
+fn what_somebody_asked_libvirt_for_is_told() {
+    let stage = stage();
+    let mut run = stage.run(&[&["--ebpf", "off"], &QUICK[..]].concat());
+    run.wait("a sample", |r| is_sample_of(r, UUID) && tells_of_disks(r));
+    let virsh = |arguments: &[&str]| stage.lab.virsh(arguments).unwrap();
+    virsh(&["perf", NAME, "--enable", "task_clock,context_switches", "--live"]);
+    run.wait("perf events", |r| {
+        let perf = &r["cpu"]["perf"];
+        is_sample_of(r, UUID) && perf["task_clock"].as_u64() > Some(0) && perf["context_switches"].is_u64()
+    });
+    virsh(&["domdirtyrate-calc", NAME, "--seconds", "1"]);
+    run.wait("the dirty rate", |r| {
+        let rate = &r["dirty_rate"];
+        is_sample_of(r, UUID)
+            && rate["bytes_per_s"].is_u64()
+            && rate["measuring"] == false
+            && rate["period_s"] == 1
+    });
+    virsh(&["blkdeviotune", NAME, "vda", "--total-iops-sec", "3000", "--live"]);
+    run.wait("the limit", |r| {
+        is_change_of(r, UUID, "changed") && r["domain"]["disks"][0]["limits"]["total_iops_sec"] == 3000
+    });
+    virsh(&["perf", NAME, "--disable", "task_clock,context_switches", "--live"]);
+    run.wait("no perf events", |r| is_sample_of(r, UUID) && tells_of_disks(r) && r["cpu"]["perf"].is_null());
+    run.stop();
+}
+
+/// A guest that is saved and restored is another process: nothing is told as one that is two, and the stream says what
+/// happened.
+#[test]
+fn a_guest_that_is_saved_and_restored_begins_an_epoch() {
+    let stage = stage();
+    let other = stage.boot_other(StartState::Paused);
+    // Only a persistent domain can be saved by libvirt's own care.
+    let xml = stage.lab.virsh(&["dumpxml", OTHER]).unwrap();
+    let file = stage.lab.scratch().join("other-persistent.xml");
+    std::fs::write(&file, xml).unwrap();
+    let virsh = |arguments: &[&str]| stage.lab.virsh(arguments).unwrap();
+    virsh(&["define", file.to_str().unwrap()]);
+    for ebpf in ["auto", "off"] {
+        let mut run = stage.run(&[&["--ebpf", ebpf], &QUICK[..]].concat());
+        run.wait("a sample", |r| is_sample_of(r, OTHER_UUID) && tells_of_disks(r));
+        virsh(&["managedsave", OTHER]);
+        let told = run.wait("its end", |r| is_event_of(r, OTHER_UUID, "stopped"));
+        assert!(told["detail"].as_str().unwrap().contains("saved"), "{told}");
+        virsh(&["start", OTHER]);
+        let told = run.wait("its start", |r| is_event_of(r, OTHER_UUID, "started"));
+        assert!(told["detail"].as_str().unwrap().contains("restored"), "{told}");
+        let sample = run.wait("a sample of the new one", |r| {
+            is_sample_of(r, OTHER_UUID)
+                && tells_of_disks(r)
+                && r["mono_ns"].as_u64() > told["mono_ns"].as_u64()
+        });
+        let ended = run.stop();
+        let of_other = |r: &&Value| r["domain"]["uuid"] == OTHER_UUID;
+        let pids: std::collections::BTreeSet<u64> =
+            ended.records.iter().filter(of_other).filter_map(|r| r["domain"]["pid"].as_u64()).collect();
+        assert_eq!(pids.len(), 2, "two processes: {sample}");
+        let gone = ended.records.iter().filter(|r| is_change_of(r, OTHER_UUID, "gone")).count();
+        let resets = ended.records.iter().filter(|r| is_event_of(r, OTHER_UUID, "counter_reset")).count();
+        assert!(gone + resets > 0, "the old one's end");
+    }
+    drop(other);
+    virsh(&["destroy", OTHER]);
+    virsh(&["undefine", OTHER]);
+}
+
+/// Between two libvirtds with a host of their own each, as far as they know; the processes are this host's, so that both
+/// ends are seen.
+#[test]
+fn a_guest_that_migrates_is_told_at_both_ends() {
+    let stage = stage();
+    let there = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
+    let other = stage.boot_other(StartState::Paused);
+    let mut from = stage.run(&[&["--ebpf", "auto"], &QUICK[..]].concat());
+    let mut to =
+        Run::start(there.command(program()), &[&["run", "--domain", OTHER_UUID], &QUICK[..]].concat());
+    from.wait("a sample", |r| is_sample_of(r, OTHER_UUID) && tells_of_disks(r));
+    let daemon = there.path("/run/libvirt/libvirt-sock");
+    let uri = format!("qemu+unix:///system?socket={}", daemon.display());
+    let meet = format!("unix://{}", stage.lab.scratch().join("migration.sock").display());
+    stage
+        .lab
+        .virsh(&["migrate", OTHER, "--live", "--unsafe", "--migrateuri", &meet, "--desturi", &uri])
+        .unwrap();
+    // Whoever notices first, libvirt or `/proc`.
+    let (mut left, mut another) = (false, false);
+    from.wait("its leaving and the other process", |r| {
+        left |= is_event_of(r, OTHER_UUID, "migrated") && r["detail"].as_str().unwrap().contains("away");
+        another |= is_event_of(r, OTHER_UUID, "counter_reset");
+        left && another
+    });
+    let new = to.wait("its new process", |r| {
+        r["type"] == "domain"
+            && r["domain"]["uuid"] == OTHER_UUID
+            && r["domain"]["pid"].is_u64()
+            && r["domain"]["pid"] != other.pid
+    });
+    assert_eq!(new["domain"]["name"], OTHER);
+    to.wait("a sample of the new process", |r| {
+        is_sample_of(r, OTHER_UUID) && has_window(r, "procfs") && tells_of_disks(r)
+    });
+    let passes = from.stop();
+    let passes = passes.records.iter().filter(|r| is_event_of(r, OTHER_UUID, "job")).count();
+    assert!(passes > 0, "the job was told");
+    let arrived = to.stop();
+    assert!(arrived.records.iter().any(|r| is_event_of(r, OTHER_UUID, "migrated")), "its arrival");
+    there.virsh(&["destroy", OTHER]).unwrap();
+}
+
 fn tells_of_disks(sample: &Value) -> bool {
     sample["disks"][0]["rd_req"]["libvirt"].is_u64()
 }
@@ -204,6 +367,7 @@ fn stage() -> Performance {
     let stage = STAGE.get_or_init(Stage::build);
     // A test that failed may have left it.
     let _ = stage.lab.virsh(&["destroy", OTHER]);
+    let _ = stage.lab.virsh(&["undefine", "--managed-save", OTHER]);
     Performance { stage, _alone: alone }
 }
 

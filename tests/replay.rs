@@ -23,7 +23,10 @@ use monitor::{
         CulpritKind, DiskDetail, DomainSample, InterfaceDetail, PreemptedBy, QueueDetail, ReadClass, Values,
         VcpuDetail,
     },
-    source::ebpf::{ExitReason, ExitReasons},
+    source::{
+        ebpf::{ExitReason, ExitReasons},
+        libvirt::{Job, stats::DirtyRate},
+    },
     units::{Bytes, Count, DomainUuid, MonotonicNs, Nanos, SourceKind, Tgid, Tid, Unit, VcpuIndex, Window},
 };
 use serde_json::Value;
@@ -60,6 +63,8 @@ fn bare() -> Domain {
         virt_type: None,
         process: None,
         vcpus: Vec::new(),
+        vcpus_max: None,
+        cpu_limits: Vec::new(),
         interfaces: Vec::new(),
         disks: Vec::new(),
         memory_max_bytes: None,
@@ -78,10 +83,16 @@ fn full() -> Domain {
         state: DomainState::Running,
         title: some("web \"1\"\n\u{9b}31m"),
         owner: Owner {
+            manager: Some("nova"),
+            instance_id: some("100"),
             instance_name: some("web-1"),
             flavor: some("m1.small"),
             project: some("shop"),
+            project_id: some("p-1"),
             user: some("zoë"),
+            user_id: some("u-1"),
+            image_id: some("i-1"),
+            cluster_version: some("4.7"),
         },
         virt_type: some("kvm"),
         process: Some(QemuProcess { tgid: Tgid(4711), start_time_ticks: 123_456 }),
@@ -89,6 +100,8 @@ fn full() -> Domain {
             Vcpu { index: VcpuIndex(0), tid: Some(Tid(4720)), affinity: some("0-3") },
             Vcpu { index: VcpuIndex(2), tid: None, affinity: None },
         ],
+        vcpus_max: Some(4),
+        cpu_limits: limits(&[("quota_us", 50_000), ("shares", 1024)]),
         interfaces: interfaces(),
         disks: disks(),
         memory_max_bytes: Some(2048 * MIB),
@@ -97,6 +110,10 @@ fn full() -> Domain {
         found_by: FoundBy::Libvirt,
         ..bare()
     }
+}
+
+fn limits(list: &[(&str, u64)]) -> Vec<(String, u64)> {
+    list.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
 }
 
 fn interfaces() -> Vec<Interface> {
@@ -109,6 +126,9 @@ fn interfaces() -> Vec<Interface> {
         mac: Some("52:54:00:00:00:01".into()),
         kind: "bridge".into(),
         source: Some("br-int".into()),
+        bridge: Some("br-int".into()),
+        interface_id: Some("0f".into()),
+        limits: limits(&[("inbound_average_bytes_per_s", 1_024_000)]),
         model: Some("virtio".into()),
         queues: 2,
         filterref: Some("no-spoofing".into()),
@@ -124,6 +144,9 @@ fn interfaces() -> Vec<Interface> {
         mac: Some("52:54:00:00:00:02".into()),
         kind: "user".into(),
         source: None,
+        bridge: None,
+        interface_id: None,
+        limits: Vec::new(),
         model: None,
         queues: 1,
         filterref: None,
@@ -147,6 +170,8 @@ fn disks() -> Vec<Disk> {
         iothread: Some(1),
         serial: some("0123"),
         backing_chain: vec!["/srv/base.qcow2".into(), "/srv/raw.img".into()],
+        limits: limits(&[("read_iops_sec", 300), ("total_bytes_sec", 1_000_000)]),
+        limits_group: some("fast"),
         observable: Observable::Yes,
     };
     let empty = Disk {
@@ -161,6 +186,8 @@ fn disks() -> Vec<Disk> {
         iothread: None,
         serial: None,
         backing_chain: Vec::new(),
+        limits: Vec::new(),
+        limits_group: None,
         observable: Observable::No("no medium"),
     };
     vec![image, empty]
@@ -208,7 +235,7 @@ impl Replay {
                     sample.interface_details[0] = interface_detail(ticks);
                     sample.disk_details.iter_mut().take(1).for_each(|disk| *disk = disk_detail(ticks));
                 }
-                ReadClass::LibvirtSlow => sample.balloon_updated_s = u64::try_from(START_S - 3).ok(),
+                ReadClass::LibvirtSlow => libvirt_detail(sample, ticks),
                 ReadClass::Procfs | ReadClass::ProcfsSlow | ReadClass::ProcfsNet | ReadClass::LibvirtFast => {
                 }
             }
@@ -266,7 +293,44 @@ fn detail(ticks: u64) -> VcpuDetail {
             ],
             userspace: vec![reason("IO", 1_001, None)],
         }),
+        ..VcpuDetail::default()
     }
+}
+
+/// What libvirt's dear groups bring beside numbers.
+fn libvirt_detail(sample: &mut DomainSample, ticks: u64) {
+    sample.balloon_updated_s = u64::try_from(START_S - 3).ok();
+    sample.perf = limits(&[("cpu_cycles", 7_000_000), ("page_faults", 15)]);
+    if let Some(vcpu) = sample.vcpu_details.first_mut() {
+        vcpu.libvirt_state = Some("running");
+        vcpu.kvm_stats = limits(&[("halt_exits", 100), ("io_exits", 1_001)]);
+    }
+    let vcpu_bytes_per_s = [(0, 2 * MIB)].into();
+    let mode = Some("dirty-ring".to_owned());
+    let rate = DirtyRate {
+        measuring: false,
+        started_s: 99,
+        period_s: 1,
+        mode,
+        bytes_per_s: Some(2 * MIB),
+        vcpu_bytes_per_s,
+    };
+    sample.dirty_rate = (ticks == 1).then_some(rate);
+    sample.job = (ticks == 1).then_some(Job {
+        operation: "migration_out",
+        elapsed_ns: Some(1_500_000_000),
+        downtime_ns: Some(30_000_000),
+        memory_total_bytes: Some(1024 * MIB),
+        memory_processed_bytes: Some(600 * MIB),
+        memory_remaining_bytes: Some(424 * MIB),
+        memory_bytes_per_s: Some(100 * MIB),
+        memory_dirty_bytes_per_s: Some(MIB),
+        memory_iteration: Some(2),
+        throttle_pct: Some(20),
+        disk_total_bytes: Some(0),
+        disk_processed_bytes: Some(0),
+        disk_remaining_bytes: Some(0),
+    });
 }
 
 /// Latencies come as often as the histograms of vCPUs; errors stay.
@@ -713,8 +777,8 @@ fn samples_of_memory() {
 #[test]
 fn events_of_every_kind() {
     use EventKind::{
-        Balloon, BlockJob, CounterBackwards, CounterReset, Crashed, DirectionMismatch, Hotplug,
-        HotplugFailed, IoError, LostEvents, Migrated, MonitorBack, MonitorSilent, Paused, Rebooted,
+        Balloon, BlockJob, ClockStep, CounterBackwards, CounterReset, Crashed, DirectionMismatch, Hotplug,
+        HotplugFailed, IoError, Job, LostEvents, Migrated, MonitorBack, MonitorSilent, Paused, Rebooted,
         Reconfigured, Resumed, SourceBack, SourceLost, Started, Stopped,
     };
     let kinds = [
@@ -729,6 +793,7 @@ fn events_of_every_kind() {
         HotplugFailed,
         Balloon,
         BlockJob,
+        Job,
         IoError,
         Reconfigured,
         MonitorSilent,
@@ -736,6 +801,7 @@ fn events_of_every_kind() {
         CounterReset,
         CounterBackwards,
         DirectionMismatch,
+        ClockStep,
         SourceLost,
         SourceBack,
         LostEvents,

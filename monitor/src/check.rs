@@ -4,7 +4,8 @@ use std::{fmt::Write as _, time::Duration};
 
 use crate::{
     cli::{Mode, SourceArgs},
-    host::{Facts, release},
+    host::{Facts, hostname, release},
+    place::elsewhere,
     source::{
         ebpf::{Ebpf, probes::ProbeGroup},
         libvirt, procfs,
@@ -28,9 +29,10 @@ pub struct Report {
 #[must_use]
 pub fn check(args: &SourceArgs) -> Report {
     let mut text = format!("kvm-monitor {} on kernel {}\n", env!("CARGO_PKG_VERSION"), release());
-    let ebpf = check_ebpf(&mut text, args.ebpf);
+    let elsewhere = (args.libvirt != Mode::Off).then(|| elsewhere(&args.connect, &hostname())).flatten();
+    let ebpf = check_ebpf(&mut text, args.ebpf, elsewhere.as_deref());
     let libvirt = check_libvirt(&mut text, args);
-    let procfs = check_procfs(&mut text);
+    let procfs = check_procfs(&mut text, elsewhere.as_deref());
     let required = |mode, works: bool| mode != Mode::Require || works;
     Report {
         usable: required(args.ebpf, ebpf) && required(args.libvirt, libvirt) && (ebpf || libvirt || procfs),
@@ -46,9 +48,9 @@ fn line(text: &mut String, name: &str, works: Result<&str, &str>) {
     let _ = writeln!(text, "{name:<22} {mark:<4} {}", crate::visible(detail));
 }
 
-fn check_ebpf(text: &mut String, mode: Mode) -> bool {
-    if mode == Mode::Off {
-        line(text, "ebpf", Err("switched off by --ebpf off"));
+fn check_ebpf(text: &mut String, mode: Mode, elsewhere: Option<&str>) -> bool {
+    if let Some(reason) = if mode == Mode::Off { Some("switched off by --ebpf off") } else { elsewhere } {
+        line(text, "ebpf", Err(reason));
         return false;
     }
     match open_ebpf(&Facts::read(), ProbeGroup::ALL) {
@@ -105,7 +107,11 @@ fn check_libvirt(text: &mut String, args: &SourceArgs) -> bool {
     }
 }
 
-fn check_procfs(text: &mut String) -> bool {
+fn check_procfs(text: &mut String, elsewhere: Option<&str>) -> bool {
+    if let Some(reason) = elsewhere {
+        line(text, "procfs", Err(reason));
+        return false;
+    }
     let root = std::path::Path::new("/proc");
     match procfs::Processes::new(root).look(1) {
         Ok(found) => {

@@ -149,6 +149,8 @@ pub enum SchemaFormat {
     Json,
     /// The metric table.
     Markdown,
+    /// The metric table with what ceilometer and prometheus-libvirt-exporter call each figure.
+    Equivalents,
 }
 
 /// Time between reads of libvirt's dear groups, if nothing else is asked for.

@@ -9,7 +9,7 @@ use crate::{
     inventory::MonitorState,
     record::SourceInfo,
     source::libvirt::{
-        Connected, Control, DomainEvent, Duty, Groups, Libvirt, LibvirtSample, Request, Update,
+        Connected, Control, DomainEvent, Duty, Groups, Libvirt, LibvirtSample, Request, Update, What,
     },
     units::{DomainUuid, MonotonicNs, duration_ns},
 };
@@ -20,6 +20,9 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Shortest patience: a QEMU that is busy with its guest may well take so long.
 const LEAST_PATIENCE: Duration = Duration::from_millis(250);
+
+/// Every so many reads of what QEMU tells bring [`Groups::rare`] as well.
+const RARE: u64 = 6;
 
 /// How often what is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +73,10 @@ pub struct Inquiry {
     /// Domains whose description is to be read.
     describe: BTreeSet<DomainUuid>,
     describe_all: bool,
+    /// Domains on which a job runs, as far as we know.
+    jobs: BTreeSet<DomainUuid>,
+    jobs_asked: Option<MonotonicNs>,
+    counts: u64,
 }
 
 impl Inquiry {
@@ -88,6 +95,9 @@ impl Inquiry {
             silent: BTreeSet::new(),
             describe: BTreeSet::new(),
             describe_all: false,
+            jobs: BTreeSet::new(),
+            jobs_asked: None,
+            counts: 0,
         }
     }
 
@@ -124,6 +134,7 @@ impl Inquiry {
                 groups: Some(Groups::fast()),
                 look_for_silent: late || !self.silent.is_empty(),
                 describe: self.take_describe(),
+                jobs: Vec::new(),
             };
             if self.ask_watch(request).is_err() {
                 news.push(News::NotMade);
@@ -133,6 +144,7 @@ impl Inquiry {
             self.counted = Some(now);
             news.push(News::NotMade);
         }
+        self.ask_jobs(now);
         if self.up && !self.late_said && self.waits_longer(Duty::Count, now, 2 * deadline) {
             self.late_said = true;
             news.push(News::Failed(
@@ -167,7 +179,11 @@ impl Inquiry {
             Update::Sample(answer) if answer.duty == Duty::Watch => self.take_watch(answer, now),
             Update::Sample(answer) => self.take_count(answer),
             Update::Event(event) => {
-                self.describe.insert(event.uuid);
+                match event.what {
+                    What::JobPass => drop(self.jobs.insert(event.uuid)),
+                    What::JobEnded => drop(self.jobs.remove(&event.uuid)),
+                    _ => drop(self.describe.insert(event.uuid)),
+                }
                 self.describe_soon();
                 vec![News::Event(event)]
             }
@@ -193,6 +209,9 @@ impl Inquiry {
             // A job may hold a domain for hours and answer all the same; it counts only where an answer was incomplete.
             let blocked = matches!(control, Control::Occupied(time) if *time >= self.patience());
             stuck |= blocked;
+            if matches!(control, Control::Job(_)) {
+                self.jobs.insert(*uuid);
+            }
             let busy = control.busy_for().is_some_and(|time| time >= self.patience());
             if blocked || !busy {
                 news.extend(
@@ -202,6 +221,7 @@ impl Inquiry {
         }
         for uuid in &answer.gone {
             self.silent.remove(uuid);
+            self.jobs.remove(uuid);
         }
         if stuck && self.waits_longer(Duty::Count, now, self.patience()) {
             // One of them holds up the others.
@@ -230,6 +250,9 @@ impl Inquiry {
         for stats in &answer.domains {
             let control =
                 answer.controls.iter().find(|(uuid, _)| *uuid == stats.uuid).map(|(_, control)| *control);
+            if let Some(Control::Job(_)) = control {
+                self.jobs.insert(stats.uuid);
+            }
             let state = match control {
                 None => MonitorState::Answers,
                 Some(Control::Occupied(time)) if time >= self.patience() => MonitorState::Silent,
@@ -238,6 +261,9 @@ impl Inquiry {
                 Some(_) => continue,
             };
             news.extend(self.mark(stats.uuid, state));
+        }
+        for (uuid, _) in answer.jobs.iter().filter(|(_, job)| job.is_none()) {
+            self.jobs.remove(uuid);
         }
         self.describe.extend(&answer.changed);
         news.push(News::Answer(answer));
@@ -252,10 +278,25 @@ impl Inquiry {
     }
 
     fn count(&mut self, now: MonotonicNs) -> Result<(), ()> {
-        self.source.count().map_err(|_| ())?;
+        let groups = if self.counts.is_multiple_of(RARE) { Groups::rare() } else { Groups::slow() };
+        let jobs = self.jobs.iter().copied().collect();
+        let request = Request { groups: Some(groups), jobs, ..Request::default() };
+        self.source.count(request).map_err(|_| ())?;
         self.late_said = false;
+        self.counts += 1;
         self.counted = Some(now);
+        self.jobs_asked = Some(now);
         Ok(())
+    }
+
+    /// A job is followed at each read: it is over soon. One that cannot be asked for now is next time.
+    fn ask_jobs(&mut self, now: MonotonicNs) {
+        if self.up && !self.jobs.is_empty() && self.due(self.jobs_asked, self.timing.fast, now) {
+            let request = Request { jobs: self.jobs.iter().copied().collect(), ..Request::default() };
+            if self.source.count(request).is_ok() {
+                self.jobs_asked = Some(now);
+            }
+        }
     }
 
     /// Asks for descriptions alone, unless there is a request under way: then they go with the next.

@@ -109,6 +109,10 @@ pub struct Domain {
     pub process: Option<QemuProcess>,
     /// Its vCPUs that are online, ascending.
     pub vcpus: Vec<Vcpu>,
+    /// How many it can have.
+    pub vcpus_max: Option<u32>,
+    /// Limits of its CPU time (`<cputune>`), by libvirt's name with the unit: `shares`, `quota_us`, …; sorted.
+    pub cpu_limits: Vec<(String, u64)>,
     /// Its network interfaces, in the order of the source.
     pub interfaces: Vec<Interface>,
     /// Its disks, in the order of the source.
@@ -123,17 +127,29 @@ pub struct Domain {
     pub found_by: FoundBy,
 }
 
-/// Identity given by OpenStack Nova (namespace `http://openstack.org/xmlns/libvirt/nova/1.x`).
+/// Who runs a domain, by what a management layer left in its metadata, its name or QEMU's command line.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Owner {
+    /// `nova`, `ovirt`, `kubevirt` or `proxmox`.
+    pub manager: Option<&'static str>,
+    /// Its identity of the instance, where that is not the domain's UUID: KubeVirt's uid, Proxmox's VMID.
+    pub instance_id: Option<String>,
     /// Name of the instance as its user sees it.
     pub instance_name: Option<String>,
     /// Flavor name.
     pub flavor: Option<String>,
-    /// Project name.
+    /// Project name (Nova), namespace (KubeVirt).
     pub project: Option<String>,
+    /// Identity of the project.
+    pub project_id: Option<String>,
     /// User name.
     pub user: Option<String>,
+    /// Identity of the user.
+    pub user_id: Option<String>,
+    /// Identity of the image it was made from.
+    pub image_id: Option<String>,
+    /// Version of the cluster's interface (oVirt).
+    pub cluster_version: Option<String>,
 }
 
 /// One vCPU.
@@ -166,6 +182,12 @@ pub struct Interface {
     pub kind: String,
     /// Bridge, network or device it is connected to.
     pub source: Option<String>,
+    /// Bridge of the host it is connected to, if to one.
+    pub bridge: Option<String>,
+    /// Identity of the port it is connected to (`interfaceid` of `<virtualport>`).
+    pub interface_id: Option<String>,
+    /// Limits of its traffic (`<bandwidth>`), as seen from the guest, by name with the unit; sorted.
+    pub limits: Vec<(String, u64)>,
     /// Device model (`virtio`, `e1000e`, …).
     pub model: Option<String>,
     /// Number of queue pairs, 1 if not told.
@@ -203,6 +225,10 @@ pub struct Disk {
     pub serial: Option<String>,
     /// Sources below the top image, nearest first.
     pub backing_chain: Vec<String>,
+    /// Limits of its requests (`<iotune>`), by libvirt's name (`total_bytes_sec`, `read_iops_sec`, …); sorted.
+    pub limits: Vec<(String, u64)>,
+    /// Disks with the same name share the limits.
+    pub limits_group: Option<String>,
     /// Whether its I/O passes the host's file or block layer.
     pub observable: Observable,
 }

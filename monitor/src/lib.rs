@@ -11,6 +11,7 @@
 //! | Module | Does | Must not know |
 //! |---|---|---|
 //! | [`units`], [`metric`] | say what a number is; list every metric once | how sources work |
+//! | [`equivalents`] | says what other programs call our figures | how sources work |
 //! | [`inventory`] | which domains exist and what belongs to them | metrics |
 //! | [`source`] | turns one source into values, or says why not | other sources, output |
 //! | [`tracker`] | merges the sources' domains, follows threads | time, output |
@@ -21,6 +22,8 @@
 //! | [`compare`] | lines of a stream → a report of how accurate each source is | I/O, clocks, JSON |
 //! | [`recorded`] | feeds a recorded stream, or the one being made, to a comparison | any metric by name |
 //! | [`run`] | ticks, calls the above in order, stops cleanly | any metric by name |
+//! | [`footprint`] | keeps our own memory small | anything else |
+//! | [`place`] | says where the domains of a libvirt URI are | sources |
 //! | [`host`] | facts of this machine and the rules that follow | sources |
 //!
 //! # Invariants
@@ -32,6 +35,8 @@
 pub mod check;
 pub mod cli;
 pub mod compare;
+pub mod equivalents;
+pub mod footprint;
 pub mod host;
 pub mod inquiry;
 pub mod inventory;
@@ -39,6 +44,7 @@ pub mod ledger;
 pub mod list;
 pub mod metric;
 pub mod model;
+pub mod place;
 pub mod reconcile;
 pub mod record;
 pub mod recorded;

@@ -4,10 +4,12 @@ use std::{fmt::Write as _, path::PathBuf, time::Duration};
 
 use crate::{
     cli::{ListArgs, ListFormat, Mode},
+    host::hostname,
     inventory::{Domain, FoundBy, Observable},
+    place::elsewhere,
     record::{self, Change, DomainRecord, Record, timestamp},
     source::libvirt::{self, LibvirtError},
-    tracker::{Tracker, Wanted},
+    tracker::{Tracker, Wanted, Where},
     units::MonotonicNs,
     visible,
 };
@@ -44,9 +46,12 @@ pub struct Listing {
 /// If libvirt is required and cannot be used, or a domain asked for does not exist.
 pub fn list(args: &ListArgs) -> Result<Listing, ListError> {
     let wanted = Wanted::new(args.domains.clone());
-    let mut tracker = Tracker::new(PathBuf::from("/proc"), wanted.clone(), None);
+    let libvirt = args.sources.libvirt != Mode::Off;
+    let elsewhere = libvirt && elsewhere(&args.sources.connect, &hostname()).is_some();
+    let place = if elsewhere { Where::Elsewhere } else { Where::Here };
+    let mut tracker = Tracker::at(place, PathBuf::from("/proc"), wanted.clone(), None);
     let mut libvirt_error = None;
-    if args.sources.libvirt != Mode::Off {
+    if libvirt {
         match libvirt::snapshot(&args.sources.connect, DEADLINE) {
             Ok(answer) => tracker.take_libvirt(answer),
             Err(error) if args.sources.libvirt == Mode::Require => return Err(ListError::Libvirt(error)),

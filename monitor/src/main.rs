@@ -8,6 +8,7 @@ use clap::Parser as _;
 use monitor::{
     check::check,
     cli::{Cli, Command, CompareArgs, CompareConfig, Config, RunArgs, SchemaFormat, Stream},
+    equivalents,
     list::list,
     metric, record,
     recorded::{Feed, SharedFeed, compare_file, read_truths},
@@ -57,6 +58,7 @@ fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Schema(args) => match args.format {
             SchemaFormat::Json => print(&format!("{:#}\n", record::schema().to_value())),
             SchemaFormat::Markdown => print(&metric::markdown()),
+            SchemaFormat::Equivalents => print(&equivalents::markdown()),
         },
     }
 }

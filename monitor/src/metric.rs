@@ -147,6 +147,10 @@ metrics! {
         "CPU time of the domain's vhost threads: threads of the QEMU process since Linux 6.4, kernel threads before.";
     CpuCostop: Cpu, "costop_ns", Nanoseconds, Counter, [Ebpf], Slow,
         "Time in which at least one vCPU waited for a CPU while another vCPU of the domain ran. Of a wait that follows a wakeup, the time since the last vCPU of the domain came or went counts.";
+    CpuHaltPollSuccess: Cpu, "halt_poll_success_ns", Nanoseconds, Counter, [Libvirt], Slow,
+        "Time KVM polled for the end of halts that ended meanwhile, all vCPUs. libvirt: cpu.haltpoll.success.time. KVM guests only, and libvirt 7.8.";
+    CpuHaltPollFail: Cpu, "halt_poll_fail_ns", Nanoseconds, Counter, [Libvirt], Slow,
+        "Time it polled for the end of halts that did not. libvirt: cpu.haltpoll.fail.time. KVM guests only.";
     CpuVcpusOnline: Cpu, "vcpus_online", Count, Gauge, [Libvirt, Procfs], Slow,
         "vCPUs online. procfs: vCPU threads. libvirt: vcpu.current.";
     VcpuRun: Vcpu, "run_ns", Nanoseconds, Counter, [Ebpf, Procfs, Libvirt], Slow,
@@ -175,10 +179,10 @@ metrics! {
         "Part of run_ns in guest mode, from kvm_entry to kvm_exit, the stay in progress included. guest_ns + host_ns + halt_poll_ns is run_ns. Absent for emulated (TCG) guests, as are all that follow.";
     VcpuHost: Vcpu, "host_ns", Nanoseconds, Counter, [Ebpf], Slow,
         "Part of run_ns outside guest mode, in KVM and in QEMU; with polling where halt_poll_ns is absent.";
-    VcpuHaltPoll: Vcpu, "halt_poll_ns", Nanoseconds, Counter, [Ebpf], Slow,
-        "Part of run_ns in which KVM polled for the end of a halt, by KVM's own statistics.";
-    VcpuExits: Vcpu, "exits", Count, Counter, [Ebpf], Slow,
-        "Exits from guest mode (kvm_exit).";
+    VcpuHaltPoll: Vcpu, "halt_poll_ns", Nanoseconds, Counter, [Ebpf, Libvirt], Slow,
+        "Part of run_ns in which KVM polled for the end of a halt, by KVM's own statistics. libvirt: vcpu.N.halt_poll_success_ns.sum + vcpu.N.halt_poll_fail_ns.sum (libvirt 8.10).";
+    VcpuExits: Vcpu, "exits", Count, Counter, [Ebpf, Libvirt], Slow,
+        "Exits from guest mode. ebpf: kvm_exit. libvirt: vcpu.N.exits.sum (libvirt 8.10).";
     VcpuUserspaceExits: Vcpu, "userspace_exits", Count, Counter, [Ebpf], Slow,
         "Returns of KVM_RUN to QEMU (kvm_userspace_exit).";
     VcpuKicks: Vcpu, "kicks", Count, Counter, [Ebpf], Slow,
@@ -279,6 +283,12 @@ metrics! {
         "Huge pages the guest failed to allocate. libvirt: balloon.hugetlb_pgfail.";
     MemoryRss: Memory, "rss_bytes", Bytes, Gauge, [Procfs, Libvirt], Slow,
         "Resident memory of the QEMU process on the host. procfs: /proc/PID/statm. libvirt: balloon.rss.";
+    MemoryPss: Memory, "pss_bytes", Bytes, Gauge, [Procfs], Rare,
+        "Resident memory, what is shared with other processes counted by their number (KSM and shared libraries). procfs: /proc/PID/smaps_rollup, once a minute at most and less often where reading it takes long.";
+    MemorySwap: Memory, "swap_bytes", Bytes, Gauge, [Procfs], Rare,
+        "Memory of the QEMU process that the host has swapped out. procfs: VmSwap of /proc/PID/status.";
+    MemoryHugetlb: Memory, "hugetlb_bytes", Bytes, Gauge, [Procfs], Rare,
+        "Memory of the QEMU process in the host's huge page pool, which rss_bytes does not contain. procfs: HugetlbPages of /proc/PID/status.";
 }
 
 impl Metric {
@@ -307,7 +317,7 @@ impl Unit {
     }
 }
 
-/// The metric table as Markdown, for the README.
+/// The metric table as Markdown, for the README. [`crate::equivalents`] has the table with the names others use.
 #[must_use]
 pub fn markdown() -> String {
     use std::fmt::Write as _;

@@ -12,8 +12,10 @@ use tokio::{
 
 use crate::{
     cli::{Config, Mode},
+    footprint,
     host::{self, Facts},
     inquiry::{Inquiry, News, Timing},
+    place::elsewhere,
     record::{
         ClockPair, Domain, DomainName, DomainRecord, Event, EventKind, Health, Host, ProbeInfo,
         ProgramHealth, Record, SCHEMA_VERSION, Sample, Session, SourceInfo, Summary, Tick, timestamp,
@@ -26,7 +28,7 @@ use crate::{
         },
         libvirt::{DomainEvent, LibvirtSample, Update, What},
     },
-    tracker::{Notice, Tracked, Tracker, Wanted, open_ebpf},
+    tracker::{Notice, Tracked, Tracker, Wanted, Where, open_ebpf},
     units::{MonotonicNs, SourceKind, duration_ns, nanoseconds},
 };
 
@@ -36,7 +38,12 @@ const FIRST_ANSWER: Duration = Duration::from_secs(3);
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Least time between looks at what changed: in a storm of threads one look serves for many.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
+/// A change of the wall clock against the arithmetic one from here on is a step; slewing makes less of it between ticks
+/// (0.05 % of an interval).
+const CLOCK_STEP_NS: u128 = 500_000_000;
 const HEALTH_INTERVAL: Duration = Duration::from_secs(60);
+/// After so many ticks the start is over, and what it needed can go.
+const SETTLED_TICKS: u64 = 3;
 /// How long the reader of the stream gets to take the last lines.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
@@ -116,6 +123,8 @@ struct Runner {
     ticks: u64,
     ticks_missed: u64,
     ebpf_lost: bool,
+    /// The wall clock less the arithmetic one at the last tick, nanoseconds.
+    wall_offset: Option<i128>,
     /// Readable when the kernel programs saw threads or processes come or go.
     changes: Option<AsyncFd<OwnedFd>>,
     /// No look at changes before.
@@ -124,10 +133,12 @@ struct Runner {
 
 impl Runner {
     async fn start(config: Config, sink: Ndjson) -> Result<Self, RunError> {
-        let facts = Facts::read();
-        let ebpf = match config.ebpf {
-            Mode::Off => Err("switched off by --ebpf off".to_owned()),
-            Mode::Auto | Mode::Require => open_ebpf(&facts, config.probe_groups()),
+        let elsewhere =
+            (config.libvirt != Mode::Off).then(|| elsewhere(&config.uri, &host::hostname())).flatten();
+        let ebpf = match (config.ebpf, &elsewhere) {
+            (Mode::Off, _) => Err("switched off by --ebpf off".to_owned()),
+            (Mode::Auto | Mode::Require, Some(reason)) => Err(reason.clone()),
+            (Mode::Auto | Mode::Require, None) => open_ebpf(&Facts::read(), config.probe_groups()),
         };
         if let (Mode::Require, Err(reason)) = (config.ebpf, &ebpf) {
             return Err(RunError::EbpfRequired(reason.clone()));
@@ -144,8 +155,9 @@ impl Runner {
         let slow = if ebpf.is_some() { config.libvirt_slow_interval } else { config.libvirt_interval };
         let timing = Timing { tick: config.interval, fast: config.libvirt_interval, slow };
         let now = MonotonicNs::now();
+        let place = if elsewhere.is_some() { Where::Elsewhere } else { Where::Here };
         let mut this = Self {
-            tracker: Tracker::new(PathBuf::from("/proc"), wanted.clone(), ebpf),
+            tracker: Tracker::at(place, PathBuf::from("/proc"), wanted.clone(), ebpf),
             libvirt: (config.libvirt != Mode::Off).then(|| Inquiry::start(&config.uri, timing)),
             sink,
             started: now,
@@ -155,6 +167,7 @@ impl Runner {
             ticks: 0,
             ticks_missed: 0,
             ebpf_lost: false,
+            wall_offset: None,
             changes: None,
             look_after: Instant::now(),
             config,
@@ -169,7 +182,7 @@ impl Runner {
                 None => RunError::UnknownDomain(unknown),
             });
         }
-        this.write_session(ebpf_reason, session_probes);
+        this.write_session(ebpf_reason, elsewhere, session_probes);
         this.write_notices();
         tracing::info!(domains = this.tracker.domains().len(), interval = ?this.config.interval, "streaming");
         Ok(this)
@@ -233,9 +246,14 @@ impl Runner {
         self.watch_ebpf();
         self.tracker.read_procfs();
         self.ask_libvirt(now);
+        let wall = jiff::Timestamp::now();
+        self.watch_clock(wall);
         self.write_notices();
-        self.write_samples(Tick { wall: jiff::Timestamp::now(), mono: now, interval_ns });
+        self.write_samples(Tick { wall, mono: now, interval_ns });
         tracing::debug!(number = self.ticks, interval_ns, domains = self.tracker.domains().len(), "tick");
+        if self.ticks == SETTLED_TICKS {
+            footprint::release();
+        }
     }
 
     fn look_at_changes(&mut self) {
@@ -243,6 +261,19 @@ impl Runner {
         self.tracker.look_at_changes();
         self.write_notices();
         self.write_first_samples();
+    }
+
+    /// Says that the wall clock was set. Nothing is computed from it.
+    fn watch_clock(&mut self, wall: jiff::Timestamp) {
+        let offset = wall.as_nanosecond() - i128::from(MonotonicNs::now().0);
+        let step = self.wall_offset.replace(offset).map_or(0, |before| offset - before);
+        if step.unsigned_abs() >= CLOCK_STEP_NS {
+            let milliseconds = step / 1_000_000;
+            let (seconds, rest) = (milliseconds / 1000, (milliseconds % 1000).unsigned_abs());
+            let detail =
+                format!("the wall clock was set by {seconds}.{rest:03} s, or the host slept for so long");
+            self.write_event(EventKind::ClockStep, &detail);
+        }
     }
 
     /// Says once that the kernel programs cannot be read any more, and once that they can again.
@@ -327,7 +358,13 @@ impl Runner {
         self.write_samples_of(tick, Tracked::is_new);
     }
 
-    fn write_session(&mut self, ebpf_reason: Option<String>, probes: Vec<ProbeInfo>) {
+    fn write_session(
+        &mut self,
+        ebpf_reason: Option<String>,
+        procfs_reason: Option<String>,
+        probes: Vec<ProbeInfo>,
+    ) {
+        let place = if procfs_reason.is_some() { Where::Elsewhere } else { Where::Here };
         let wall = jiff::Timestamp::now();
         let mono = MonotonicNs::now();
         let libvirt = self.libvirt.as_ref().map_or_else(
@@ -341,7 +378,11 @@ impl Runner {
         let caveat = self.tracker.ebpf().and_then(Ebpf::kvm_caveat);
         let details = caveat.map(|caveat| ("kvm", caveat.to_owned())).into_iter().collect();
         let ebpf = SourceInfo { available: ebpf_reason.is_none(), reason: ebpf_reason, details };
-        let procfs = SourceInfo { available: true, reason: None, details: BTreeMap::new() };
+        let procfs = SourceInfo {
+            available: procfs_reason.is_none(),
+            reason: procfs_reason,
+            details: BTreeMap::new(),
+        };
         let session = Session {
             schema_version: SCHEMA_VERSION,
             tool_version: env!("CARGO_PKG_VERSION"),
@@ -351,7 +392,10 @@ impl Runner {
             sources: [("ebpf", ebpf), ("libvirt", libvirt), ("procfs", procfs)].into(),
             probes,
         };
-        for (name, source) in &session.sources {
+        // Where the domains are elsewhere, nobody expects their processes here.
+        let unexpected =
+            session.sources.iter().filter(|(name, _)| place == Where::Here || **name != "procfs");
+        for (name, source) in unexpected {
             if let Some(reason) = source.reason.as_ref().filter(|r| !r.starts_with("switched off")) {
                 tracing::warn!(source = name, reason, "source not available, going on without it");
             }

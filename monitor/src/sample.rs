@@ -5,7 +5,10 @@
 
 use crate::{
     metric::{Cadence, Metric, Scope},
-    source::ebpf::ExitReasons,
+    source::{
+        ebpf::ExitReasons,
+        libvirt::{Job, stats::DirtyRate},
+    },
     units::{Quantity, SourceKind, Window},
 };
 
@@ -142,6 +145,10 @@ pub struct VcpuDetail {
     pub preempted_by: Option<Vec<PreemptedBy>>,
     /// Exits by reason since the thread is followed.
     pub exits: Option<ExitReasons>,
+    /// Its state as libvirt sees it.
+    pub libvirt_state: Option<&'static str>,
+    /// What KVM counts for it by its own account, by the kernel's name, since the vCPU was made.
+    pub kvm_stats: Vec<(String, u64)>,
 }
 
 /// What a sample says of a network interface beside its metrics; gone once it is written. Directions are the guest's.
@@ -248,6 +255,12 @@ pub struct DomainSample {
     pub disk_details: Vec<DiskDetail>,
     /// Wall-clock second at which the guest last reported its memory (libvirt's `balloon.last-update`).
     pub balloon_updated_s: Option<u64>,
+    /// Perf events that are enabled for the domain, by libvirt's name; gone once written.
+    pub perf: Vec<(String, u64)>,
+    /// The last measurement of how fast the guest writes to its memory; gone once written.
+    pub dirty_rate: Option<DirtyRate>,
+    /// A job that libvirt runs on it; gone once written.
+    pub job: Option<Job>,
 }
 
 impl DomainSample {
@@ -265,6 +278,9 @@ impl DomainSample {
             disks: vec![Values::new(Scope::Disk); disks],
             disk_details: vec![DiskDetail::default(); disks],
             balloon_updated_s: None,
+            perf: Vec::new(),
+            dirty_rate: None,
+            job: None,
         }
     }
 
@@ -293,9 +309,16 @@ impl DomainSample {
         for reads in &mut self.reads {
             reads.fresh = false;
         }
+        self.forget_details();
+    }
+
+    fn forget_details(&mut self) {
         self.vcpu_details.fill(VcpuDetail::default());
         self.interface_details.fill(InterfaceDetail::default());
         self.disk_details.fill(DiskDetail::default());
+        self.perf = Vec::new();
+        self.dirty_rate = None;
+        self.job = None;
     }
 
     /// Forgets all values: counters start anew (a new epoch).
@@ -303,9 +326,7 @@ impl DomainSample {
         self.each(Values::clear);
         self.reads = [Reads::default(); ReadClass::COUNT];
         self.balloon_updated_s = None;
-        self.vcpu_details.fill(VcpuDetail::default());
-        self.interface_details.fill(InterfaceDetail::default());
-        self.disk_details.fill(DiskDetail::default());
+        self.forget_details();
     }
 
     fn each(&mut self, mut f: impl FnMut(&mut Values)) {

@@ -18,12 +18,20 @@ struct Generated {
     args: &'static [&'static str],
 }
 
-const ALL: [Generated; 1] = [Generated {
-    file: "README.md",
-    begin: "<!-- metrics:begin -->",
-    end: "<!-- metrics:end -->",
-    args: &["schema", "--format", "markdown"],
-}];
+const ALL: [Generated; 2] = [
+    Generated {
+        file: "README.md",
+        begin: "<!-- metrics:begin -->",
+        end: "<!-- metrics:end -->",
+        args: &["schema", "--format", "markdown"],
+    },
+    Generated {
+        file: "docs/metrics.md",
+        begin: "<!-- metrics:begin -->",
+        end: "<!-- metrics:end -->",
+        args: &["schema", "--format", "equivalents"],
+    },
+];
 
 /// The subcommand.
 pub(crate) fn run(args: &[String]) -> Result<()> {

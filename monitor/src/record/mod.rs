@@ -167,7 +167,7 @@ pub struct Domain<'a> {
     pub title: Option<&'a str>,
     /// Identity given by a management layer.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub metadata: Option<Owner<'a>>,
+    pub metadata: Option<Box<Owner<'a>>>,
     /// Process id of QEMU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
@@ -179,6 +179,12 @@ pub struct Domain<'a> {
     pub virt_type: Option<&'a str>,
     /// vCPUs online.
     pub vcpus: Vec<VcpuInfo<'a>>,
+    /// How many it can have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vcpus_max: Option<u32>,
+    /// Limits of its CPU time by libvirt's name with the unit: `shares`, `period_us`, `quota_us`, `emulator_quota_us`, ….
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub cpu_limits: BTreeMap<&'a str, u64>,
     /// Network interfaces.
     pub interfaces: Vec<InterfaceInfo<'a>>,
     /// Disks.
@@ -194,21 +200,39 @@ pub struct Domain<'a> {
     pub since_ns: BTreeMap<&'static str, u64>,
 }
 
-/// Identity given by a management layer (OpenStack Nova).
+/// Identity given by a management layer.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Owner<'a> {
+    /// `nova`, `ovirt`, `kubevirt` or `proxmox`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub manager: Option<&'static str>,
+    /// Identity of the instance, where it is not the UUID: KubeVirt's uid, Proxmox's VMID.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instance_id: Option<&'a str>,
     /// Name of the instance as its user sees it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub instance_name: Option<&'a str>,
     /// Flavor.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flavor: Option<&'a str>,
-    /// Project.
+    /// Project (Nova) or namespace (KubeVirt).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub project: Option<&'a str>,
+    /// Identity of the project.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub project_id: Option<&'a str>,
     /// User.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<&'a str>,
+    /// Identity of the user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user_id: Option<&'a str>,
+    /// Identity of the image it was made from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_id: Option<&'a str>,
+    /// Version of the cluster's interface (oVirt).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_version: Option<&'a str>,
 }
 
 /// A vCPU.
@@ -250,6 +274,15 @@ pub struct InterfaceInfo<'a> {
     /// Bridge, network or device it is connected to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<&'a str>,
+    /// Bridge of the host it is connected to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<&'a str>,
+    /// Identity of the port it is connected to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interface_id: Option<&'a str>,
+    /// Limits of its traffic: `inbound_average_bytes_per_s`, `outbound_burst_bytes`, …; inbound is to the guest.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub limits: BTreeMap<&'a str, u64>,
     /// Device model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<&'a str>,
@@ -301,6 +334,12 @@ pub struct DiskInfo<'a> {
     /// Sources below the top image, nearest first.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub backing_chain: &'a [String],
+    /// Limits of its requests by libvirt's name: `total_bytes_sec`, `read_iops_sec`, `total_bytes_sec_max`, ….
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub limits: BTreeMap<&'a str, u64>,
+    /// Disks with the same name here share the limits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits_group: Option<&'a str>,
     /// The host's kernel sees its I/O.
     pub observable: bool,
     /// If not: why.
@@ -370,6 +409,8 @@ pub enum EventKind {
     Balloon,
     /// A job on a disk is ready or ended.
     BlockJob,
+    /// A job (migration, save, backup, …) makes progress or is over.
+    Job,
     /// I/O on a disk failed on the host.
     IoError,
     /// Metadata, limits or a medium changed; a `domain` line follows if it shows there.
@@ -384,6 +425,8 @@ pub enum EventKind {
     DirectionMismatch,
     /// A counter went backwards without a known reason; that reading gives no rate.
     CounterBackwards,
+    /// The wall clock (`ts`) was set, or the host slept; `mono_ns`, windows and rates go on as if nothing had happened.
+    ClockStep,
     /// A source does not answer any more.
     SourceLost,
     /// A source answers again.
@@ -523,10 +566,16 @@ impl<'a> Domain<'a> {
     pub fn new(domain: &'a inventory::Domain, since_ns: BTreeMap<&'static str, u64>) -> Self {
         let owner = &domain.owner;
         let metadata = Owner {
+            manager: owner.manager,
+            instance_id: owner.instance_id.as_deref(),
             instance_name: owner.instance_name.as_deref(),
             flavor: owner.flavor.as_deref(),
             project: owner.project.as_deref(),
+            project_id: owner.project_id.as_deref(),
             user: owner.user.as_deref(),
+            user_id: owner.user_id.as_deref(),
+            image_id: owner.image_id.as_deref(),
+            cluster_version: owner.cluster_version.as_deref(),
         };
         Self {
             uuid: domain.uuid.to_string(),
@@ -535,11 +584,13 @@ impl<'a> Domain<'a> {
             state: domain.state.name(),
             monitor: domain.monitor.name(),
             title: domain.title.as_deref(),
-            metadata: (*owner != inventory::Owner::default()).then_some(metadata),
+            metadata: (*owner != inventory::Owner::default()).then(|| Box::new(metadata)),
             pid: domain.process.map(|p| p.tgid.0),
             pid_start_time: domain.process.map(|p| p.start_time_ticks),
             virt_type: domain.virt_type.as_deref(),
             vcpus: domain.vcpus.iter().map(VcpuInfo::new).collect(),
+            vcpus_max: domain.vcpus_max,
+            cpu_limits: by_name(&domain.cpu_limits),
             interfaces: domain.interfaces.iter().map(InterfaceInfo::new).collect(),
             disks: domain.disks.iter().map(DiskInfo::new).collect(),
             memory: MemoryInfo {
@@ -577,6 +628,9 @@ impl<'a> InterfaceInfo<'a> {
             mac: of.mac.as_deref(),
             kind: &of.kind,
             source: of.source.as_deref(),
+            bridge: of.bridge.as_deref(),
+            interface_id: of.interface_id.as_deref(),
+            limits: by_name(&of.limits),
             model: of.model.as_deref(),
             queues: of.queues,
             filterref: of.filterref.as_deref(),
@@ -602,10 +656,16 @@ impl<'a> DiskInfo<'a> {
             iothread: of.iothread,
             serial: of.serial.as_deref(),
             backing_chain: &of.backing_chain,
+            limits: by_name(&of.limits),
+            limits_group: of.limits_group.as_deref(),
             observable,
             observable_reason,
         }
     }
+}
+
+fn by_name(list: &[(String, u64)]) -> BTreeMap<&str, u64> {
+    list.iter().map(|(name, value)| (name.as_str(), *value)).collect()
 }
 
 fn observable(of: &Observable) -> (bool, Option<&'static str>) {

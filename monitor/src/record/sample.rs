@@ -14,7 +14,10 @@ use crate::{
     metric::{Kind, Metric, MetricDef},
     model::{self, rate},
     sample::{DiskDetail, DomainSample, InterfaceDetail, ReadClass, Values},
-    source::ebpf::ExitReason,
+    source::{
+        ebpf::ExitReason,
+        libvirt::{Job, stats::DirtyRate},
+    },
     units::{MonotonicNs, SourceKind, Window},
 };
 
@@ -57,6 +60,13 @@ pub struct Sample<'a> {
     /// The guest's memory.
     #[schemars(schema_with = "super::schema::memory")]
     pub memory: Metrics<'a>,
+    /// How fast the guest writes to its memory, by the last measurement that somebody asked libvirt for; with some of
+    /// libvirt's slow reads, and only if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dirty_rate: Option<&'a DirtyRate>,
+    /// A job that libvirt runs on the domain (migration, save, backup, …), with each of libvirt's reads while it runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub job: Option<&'a Job>,
 }
 
 /// Identity and values of the entities of one scope, side by side.
@@ -106,6 +116,8 @@ impl<'a> Sample<'a> {
             interfaces: Entities { who: &domain.interfaces, values: &sample.interfaces, sample },
             disks: Entities { who: &domain.disks, values: &sample.disks, sample },
             memory: Metrics { values: &sample.memory, sample, extra: memory },
+            dirty_rate: sample.dirty_rate.as_ref(),
+            job: sample.job.as_ref(),
         }
     }
 }
@@ -167,7 +179,12 @@ impl Serialize for Metrics<'_> {
         let mut map = to.serialize_map(None)?;
         serialize_values::<S>(&mut map, self.values, self.sample)?;
         match self.extra {
-            Extra::None => serialize_utilization::<S>(&mut map, self.values, self.sample)?,
+            Extra::None => {
+                serialize_utilization::<S>(&mut map, self.values, self.sample)?;
+                if !self.sample.perf.is_empty() {
+                    map.serialize_entry("perf", &Named(&self.sample.perf))?;
+                }
+            }
             Extra::Memory { now_s, stats_period_s } => {
                 serialize_memory::<S>(&mut map, self, now_s, stats_period_s)?;
             }
@@ -263,14 +280,19 @@ fn serialize_memory<S: Serializer>(
         return Ok(());
     }
     let value = |metric| metrics.values.now(SourceKind::Libvirt, metric);
-    let free = value(Metric::MemoryUsable)
-        .map(|free| (free, "available_minus_usable"))
-        .or(value(Metric::MemoryUnused).map(|free| (free, "available_minus_unused")));
-    if let (Some(available), Some((free, by))) = (value(Metric::MemoryAvailable), free)
-        && let Some(used) = available.checked_sub(free)
-    {
+    let less = |free| value(Metric::MemoryAvailable)?.checked_sub(value(free)?);
+    let (usable, unused) = (less(Metric::MemoryUsable), less(Metric::MemoryUnused));
+    let used = usable
+        .map(|used| (used, "available_minus_usable"))
+        .or(unused.map(|used| (used, "available_minus_unused")));
+    if let Some((used, by)) = used {
         map.serialize_entry("used_bytes", &used)?;
         map.serialize_entry("used_by", by)?;
+    }
+    for (name, used) in [("available_minus_usable_bytes", usable), ("available_minus_unused_bytes", unused)] {
+        if let Some(used) = used {
+            map.serialize_entry(name, &used)?;
+        }
     }
     if let Some(age) =
         metrics.sample.balloon_updated_s.filter(|at| *at > 0).map(|at| now_s.saturating_sub(at))
@@ -345,11 +367,26 @@ impl Serialize for Entity<'_> {
             if let Some(state) = detail.state {
                 map.serialize_entry("state", state)?;
             }
+            if let Some(state) = detail.libvirt_state {
+                map.serialize_entry("libvirt_state", state)?;
+            }
+            if !detail.kvm_stats.is_empty() {
+                map.serialize_entry("kvm_stats", &Named(&detail.kvm_stats))?;
+            }
         }
         if let Identity::Target { place, .. } = self.who {
             serialize_disk_detail::<S>(&mut map, &self.sample.disk_details[place])?;
         }
         map.end()
+    }
+}
+
+/// `{NAME: number}`.
+struct Named<'a>(&'a [(String, u64)]);
+
+impl Serialize for Named<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_map(self.0.iter().map(|(name, number)| (name, number)))
     }
 }
 

@@ -109,13 +109,25 @@ pub(super) fn cpu(_: &mut SchemaGenerator) -> Schema {
         "properties": { "best": { "enum": names }, "value": { "type": "number", "minimum": 0 } },
         "required": ["best", "value"], "additionalProperties": false
     });
-    entity_schema(Scope::Cpu, &[], &[("util_pct", percent)])
+    let perf = named(
+        "Perf events that are enabled for the domain (`virsh perf`), by libvirt's name, counted since they were. libvirt only.",
+    );
+    entity_schema(Scope::Cpu, &[], &[("util_pct", percent), ("perf", perf)])
+}
+
+fn named(description: &str) -> Schema {
+    json_schema!({
+        "type": "object", "description": description,
+        "additionalProperties": { "type": "integer", "minimum": 0 }
+    })
 }
 
 pub(super) fn memory(_: &mut SchemaGenerator) -> Schema {
     let derived = [
         ("used_bytes", json_schema!({ "type": "integer", "minimum": 0 })),
         ("used_by", json_schema!({ "enum": ["available_minus_usable", "available_minus_unused"] })),
+        ("available_minus_usable_bytes", json_schema!({ "type": "integer", "minimum": 0 })),
+        ("available_minus_unused_bytes", json_schema!({ "type": "integer", "minimum": 0 })),
         (
             "age_s",
             json_schema!({ "type": "integer", "minimum": 0, "description": "Seconds since the guest last reported." }),
@@ -166,6 +178,13 @@ pub(super) fn vcpus(generator: &mut SchemaGenerator) -> Schema {
         ("run_hist_ns", histogram("runs")),
         ("preempted_by", generator.subschema_for::<Vec<crate::sample::PreemptedBy>>()),
         ("state", json_schema!({ "enum": ["running", "waiting", "sleeping"] })),
+        ("libvirt_state", json_schema!({ "enum": ["offline", "running", "blocked"] })),
+        (
+            "kvm_stats",
+            named(
+                "What KVM counts for the vCPU since it was made, by the kernel's name. libvirt only (8.10).",
+            ),
+        ),
     ];
     array_of(entity_schema(Scope::Vcpu, &[("vcpu", number.clone()), ("tid", number)], &derived))
 }

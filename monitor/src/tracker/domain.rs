@@ -20,9 +20,9 @@ use crate::{
         },
         libvirt::{
             Duty,
-            stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats},
+            stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats, VcpuState, VcpuStats},
         },
-        procfs::{self, ProcessReader, ProcfsError, ThreadReader},
+        procfs::{self, Drive, ProcessReader, ProcfsError, ThreadReader},
     },
     split::{Figures, Split},
     units::{Bytes, Count, MonotonicNs, Nanos, SourceKind, VcpuIndex, Window},
@@ -58,6 +58,12 @@ pub struct Tracked {
     pub(super) followed_since: Option<MonotonicNs>,
     histograms_at: Option<MonotonicNs>,
     pub(super) disks: Disks,
+    /// As its process's command line has them.
+    pub(super) drives: Vec<Drive>,
+    /// Read meanwhile, for the next slow read of `/proc`.
+    pub(super) pss: Option<Bytes>,
+    /// Not to be read before.
+    pub(super) pss_due: Option<MonotonicNs>,
 }
 
 /// What followed a domain in the kernel.
@@ -105,6 +111,9 @@ impl Tracked {
             followed_since: None,
             histograms_at: None,
             disks: Disks::default(),
+            drives: Vec::new(),
+            pss: None,
+            pss_due: None,
         }
     }
 
@@ -156,6 +165,7 @@ impl Tracked {
         let slots = self.take_slots();
         self.classes = Classes::default();
         self.classes_at = None;
+        (self.pss, self.pss_due) = (None, None);
         self.domain.process = None;
         self.domain.id = None; // Of the run that is over: libvirt's word on the next one is no further restart.
         self.files = None;
@@ -325,6 +335,15 @@ impl Tracked {
             cpu.put(SourceKind::Procfs, metric, Nanos(ns));
         }
         let mut result = Ok(());
+        match procfs::memory(root, process, buffer) {
+            Ok(memory) => {
+                let values = &mut self.sample.memory;
+                values.put(SourceKind::Procfs, Metric::MemorySwap, memory.swapped);
+                values.put(SourceKind::Procfs, Metric::MemoryHugetlb, memory.hugetlb);
+                values.put_some(SourceKind::Procfs, Metric::MemoryPss, self.pss.take());
+            }
+            Err(error) => result = Err(error),
+        }
         for (vcpu, values) in self.domain.vcpus.iter().zip(&mut self.sample.vcpus) {
             match vcpu.tid.map(|tid| procfs::switches(root, process, tid, buffer)) {
                 Some(Ok(switches)) => {
@@ -421,6 +440,22 @@ impl Tracked {
         }
         put_memory(&mut self.sample.memory, &stats.balloon);
         self.sample.balloon_updated_s = stats.balloon.last_update_s;
+        if self.domain.virt_type.as_deref() == Some("kvm") {
+            // libvirt says 0 for emulated domains.
+            let cpu = &mut self.sample.cpu;
+            cpu.put_some(LIBVIRT, Metric::CpuHaltPollSuccess, stats.haltpoll_success_ns.map(Nanos));
+            cpu.put_some(LIBVIRT, Metric::CpuHaltPollFail, stats.haltpoll_fail_ns.map(Nanos));
+        }
+        self.sample.perf.clone_from(&stats.perf);
+        if stats.dirty_rate.is_some() {
+            self.sample.dirty_rate.clone_from(&stats.dirty_rate);
+        }
+        let details = self.sample.vcpus.iter_mut().zip(&mut self.sample.vcpu_details);
+        for (vcpu, (values, detail)) in self.domain.vcpus.iter().zip(details) {
+            if let Some(stats) = stats.vcpus.iter().find(|s| s.index == vcpu.index) {
+                put_vcpu_of_libvirt(values, detail, stats);
+            }
+        }
     }
 
     /// libvirt reads these in `/proc`, and says 0 from QEMU's end until it notices (`virProcessGetStatInfo`).
@@ -520,6 +555,15 @@ fn put_kvm(split: &mut Split, values: &mut Values, run_ns: u64, figures: &KvmFig
     values.put(EBPF, Metric::VcpuHost, Nanos(parts.host_ns));
     values.put_some(EBPF, Metric::VcpuHaltPoll, halt_poll_ns.map(|_| Nanos(parts.halt_poll_ns)));
     0
+}
+
+fn put_vcpu_of_libvirt(values: &mut Values, detail: &mut VcpuDetail, stats: &VcpuStats) {
+    const LIBVIRT: SourceKind = SourceKind::Libvirt;
+    detail.libvirt_state = stats.state.map(VcpuState::name);
+    detail.kvm_stats.clone_from(&stats.kvm);
+    values.put_some(LIBVIRT, Metric::VcpuExits, stats.kvm("exits").map(Count));
+    let polled = stats.kvm("halt_poll_success_ns").zip(stats.kvm("halt_poll_fail_ns"));
+    values.put_some(LIBVIRT, Metric::VcpuHaltPoll, polled.map(|(success, fail)| Nanos(success + fail)));
 }
 
 fn put_interface(values: &mut Values, stats: &InterfaceStats) {

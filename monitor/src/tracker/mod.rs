@@ -6,9 +6,13 @@
 mod classes;
 mod disks;
 mod domain;
+mod drives;
 mod nics;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+};
 
 pub use self::domain::Tracked;
 use self::domain::{Names, Slots, Thread};
@@ -19,7 +23,7 @@ use crate::{
         ebpf::{Ebpf, EbpfError, Happened, Keep, NotFollowed, probes::ProbeGroup},
         libvirt::{DomainEvent, LibvirtSample, What},
         netdev::{CounterTable, Devices},
-        procfs::{self, FoundQemu, ProcessReader, Processes, ThreadReader},
+        procfs::{self, FoundQemu, ProcessReader, Processes, PssReader, ThreadReader},
     },
     units::{DomainUuid, MonotonicNs, SourceKind, Tid, VcpuIndex},
 };
@@ -27,6 +31,10 @@ use crate::{
 /// Time between readings of what is dear to read in `/proc`, beside eBPF and without it.
 const SLOW_BESIDE_EBPF_NS: u64 = 10_000_000_000;
 const SLOW_NS: u64 = 1_000_000_000;
+/// Time between readings of the memory that a process shares, at least.
+const PSS_NS: u64 = 60_000_000_000;
+/// And so many times as long as one takes.
+const PSS_SHARE: u64 = 1000;
 
 /// Something the reader of the stream has to be told.
 #[derive(Clone, Debug)]
@@ -110,7 +118,11 @@ pub struct Tracker {
     rounds: u64,
     ebpf: Option<Ebpf>,
     domains: Vec<Tracked>,
+    /// Where each stands in `domains`.
+    places: HashMap<DomainUuid, usize>,
     notices: Vec<Notice>,
+    /// Which of the notices says that a domain appeared.
+    appeared: HashMap<DomainUuid, usize>,
     counts: [ReadCount; SourceKind::COUNT],
     buffer: Vec<u8>,
     /// Every QEMU process found, whether its domain is wanted or not: who took a CPU is named in any case.
@@ -120,13 +132,37 @@ pub struct Tracker {
     /// Counters of network devices, one table for each network namespace that has one of ours.
     tables: Vec<CounterTable>,
     ebpf_failed: bool,
+    /// Started when there is something to read; absent again if that failed.
+    pss: Option<PssReader>,
+    /// Whether this host runs the domains.
+    place: Where,
+    /// Processes that claim to be a domain that another one still runs, such as the destination of a migration within
+    /// this host.
+    rivals: Vec<FoundQemu>,
+}
+
+/// Where the domains are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Where {
+    /// Here: their processes and devices are in `/proc`.
+    Here,
+    /// On another host, or nowhere: libvirt alone knows them, and what has their names here is something else.
+    Elsewhere,
 }
 
 impl Tracker {
     /// Nothing known yet. `root` is `/proc`.
     #[must_use]
     pub fn new(root: PathBuf, wanted: Wanted, ebpf: Option<Ebpf>) -> Self {
+        Self::at(Where::Here, root, wanted, ebpf)
+    }
+
+    /// As [`Tracker::new`], for domains that may be elsewhere.
+    #[must_use]
+    pub fn at(place: Where, root: PathBuf, wanted: Wanted, ebpf: Option<Ebpf>) -> Self {
         Self {
+            place,
+            rivals: Vec::new(),
             processes: Processes::new(&root),
             devices: Devices::new(&root),
             tables: Vec::new(),
@@ -135,12 +171,15 @@ impl Tracker {
             rounds: 0,
             ebpf,
             domains: Vec::new(),
+            places: HashMap::new(),
             notices: Vec::new(),
+            appeared: HashMap::new(),
             counts: Default::default(),
             buffer: vec![0; 4096],
             names: Names::new(),
             full_reported: false,
             ebpf_failed: false,
+            pss: None,
         }
     }
 
@@ -174,11 +213,15 @@ impl Tracker {
 
     /// What the reader has to be told since the last call.
     pub fn notices(&mut self) -> Vec<Notice> {
+        self.appeared.clear();
         std::mem::take(&mut self.notices)
     }
 
     /// Looks for QEMU processes and vCPU threads that came or went.
     pub fn look(&mut self) {
+        if self.place == Where::Elsewhere {
+            return;
+        }
         self.rounds += 1;
         match self.processes.look(self.rounds) {
             Ok(changes) => {
@@ -207,7 +250,7 @@ impl Tracker {
     fn process_found(&mut self, found: FoundQemu) {
         let name = found.args.name.clone().unwrap_or_else(|| format!("qemu-{}", found.process.tgid));
         self.names.insert(found.process.tgid.0, name);
-        let uuid = found.args.uuid.unwrap_or_else(|| made_up_uuid(found.process));
+        let uuid = uuid_of(&found);
         let i = match self.find(uuid) {
             Some(i) => i,
             None => {
@@ -219,10 +262,15 @@ impl Tracker {
                 self.domains.len() - 1
             }
         };
-        if self.domains[i].domain.process.is_some_and(|old| old != found.process) {
+        if let Some(old) = self.domains[i].domain.process.filter(|old| *old != found.process) {
+            if procfs::lives(&self.root, old) {
+                self.rivals.push(found);
+                return;
+            }
             self.release(i, "another QEMU process runs this domain");
         }
         self.domains[i].domain.process = Some(found.process);
+        self.domains[i].drives = found.args.drives;
         let slot = self.ebpf.as_mut().and_then(|ebpf| ebpf.follow_process(found.process.tgid));
         self.domains[i].processes.extend(slot);
         match ProcessReader::open(&self.root, found.process) {
@@ -237,9 +285,15 @@ impl Tracker {
 
     fn process_ended(&mut self, process: QemuProcess) {
         self.names.remove(&process.tgid.0);
+        self.rivals.retain(|rival| rival.process != process);
         // Whatever libvirt says, or no longer can: without its process there is no domain.
         if let Some(i) = self.domains.iter().position(|t| t.domain.process == Some(process)) {
-            self.remove(i, "its QEMU process ended");
+            let uuid = self.domains[i].domain.uuid;
+            let heir = self.rivals.iter().position(|rival| uuid_of(rival) == uuid);
+            match heir.map(|at| self.rivals.swap_remove(at)) {
+                Some(heir) => self.process_found(heir),
+                None => self.remove(i, "its QEMU process ended"),
+            }
         }
     }
 
@@ -272,6 +326,8 @@ impl Tracker {
     }
 
     fn add(&mut self, domain: Domain, reason: &str) {
+        self.places.insert(domain.uuid, self.domains.len());
+        self.appeared.insert(domain.uuid, self.notices.len());
         self.domains.push(Tracked::new(domain));
         self.notice_domain(self.domains.len() - 1, Change::Appeared, reason);
     }
@@ -280,7 +336,12 @@ impl Tracker {
         let slots = self.domains[i].take_slots();
         self.forget(slots);
         self.notice_domain(i, Change::Gone, reason);
-        self.domains.remove(i);
+        let gone = self.domains.swap_remove(i);
+        self.appeared.remove(&gone.domain.uuid);
+        self.places.remove(&gone.domain.uuid);
+        if let Some(moved) = self.domains.get(i) {
+            self.places.insert(moved.domain.uuid, i);
+        }
     }
 
     /// Lets go of a process: its counters will start anew.
@@ -322,10 +383,7 @@ impl Tracker {
     fn changed(&mut self, i: usize, reason: &str) {
         // An `appeared` that is not yet written tells it all.
         let uuid = self.domains[i].domain.uuid;
-        let pending = self.notices.iter().position(
-            |n| matches!(n, Notice::Domain { change: Change::Appeared, domain, .. } if domain.uuid == uuid),
-        );
-        if let Some(at) = pending {
+        if let Some(&at) = self.appeared.get(&uuid) {
             let now = self.domains[i].domain.clone();
             let since = self.domains[i].since_ns();
             if let Notice::Domain { domain, since_ns, .. } = &mut self.notices[at] {
@@ -502,7 +560,44 @@ impl Tracker {
                 }
             }
         }
+        self.read_pss();
         self.read_counters();
+    }
+
+    /// Takes what was read of the memory that processes share, and asks for the next that is due.
+    fn read_pss(&mut self) {
+        let now = MonotonicNs::now();
+        if let Some(answer) = self.pss.as_mut().and_then(PssReader::answer) {
+            let of = self.domains.iter_mut().find(|tracked| tracked.domain.process == Some(answer.process));
+            match answer.bytes {
+                Err(error) if error.is_gone() => {}
+                Err(error) => self.counts[SourceKind::Procfs as usize].failed(&error),
+                Ok(bytes) => {
+                    if let Some(tracked) = of {
+                        tracked.pss = Some(bytes);
+                        let pause = PSS_NS.max(answer.took_ns.saturating_mul(PSS_SHARE));
+                        tracked.pss_due = Some(MonotonicNs(now.0.saturating_add(pause)));
+                    }
+                }
+            }
+        }
+        if self.pss.as_ref().is_some_and(PssReader::is_busy) {
+            return;
+        }
+        let is_due = |tracked: &&mut Tracked| tracked.pss_due.is_none_or(|due| due <= now);
+        let mut waiting = self.domains.iter_mut().filter(is_due);
+        let Some((tracked, process)) = waiting.find_map(|t| t.domain.process.map(|process| (t, process)))
+        else {
+            return;
+        };
+        // Not again at once if it fails.
+        tracked.pss_due = Some(MonotonicNs(now.0.saturating_add(PSS_NS)));
+        if self.pss.is_none() {
+            self.pss = PssReader::start(self.root.clone()).ok();
+        }
+        if let Some(reader) = &mut self.pss {
+            reader.ask(process);
+        }
     }
 
     /// Looks at what the kernel programs say has changed.
@@ -538,6 +633,11 @@ impl Tracker {
             count.last_error = Some(error);
         }
         self.count(SourceKind::Libvirt).reads += u64::from(answer.collected);
+        for (uuid, job) in answer.jobs {
+            if let Some(i) = self.find(uuid) {
+                self.domains[i].sample.job = job;
+            }
+        }
         for stats in &answer.domains {
             let Some(i) = self.find(stats.uuid) else { continue };
             self.domains[i].put_libvirt(stats, answer.window, answer.duty);
@@ -548,7 +648,7 @@ impl Tracker {
     }
 
     fn find(&self, uuid: DomainUuid) -> Option<usize> {
-        self.domains.iter().position(|t| t.domain.uuid == uuid)
+        self.places.get(&uuid).copied()
     }
 
     fn state_is(&mut self, i: usize, state: DomainState, why: &str) {
@@ -614,6 +714,7 @@ impl Tracker {
                 EventKind::Balloon
             }
             What::BlockJob => EventKind::BlockJob,
+            What::JobPass | What::JobEnded => EventKind::Job,
             What::IoError => EventKind::IoError,
             What::Changed => EventKind::Reconfigured,
         };
@@ -635,17 +736,30 @@ fn domain_of(uuid: DomainUuid, found: &FoundQemu) -> Domain {
         state: DomainState::Unknown,
         monitor: MonitorState::default(),
         title: None,
-        owner: Owner::default(),
+        owner: owner_of(found),
         virt_type: Some(if found.args.kvm { "kvm" } else { "qemu" }.to_owned()),
         process: None,
         vcpus: Vec::new(),
+        vcpus_max: None,
+        cpu_limits: Vec::new(),
         interfaces: Vec::new(),
         disks: Vec::new(),
-        memory_max_bytes: None,
+        memory_max_bytes: found.args.memory_bytes,
         memory_current_bytes: None,
         balloon: None,
         found_by: FoundBy::Procfs,
     }
+}
+
+/// Only Proxmox's QEMU takes an `-id`.
+fn owner_of(found: &FoundQemu) -> Owner {
+    let Some(id) = &found.args.proxmox_id else { return Owner::default() };
+    let instance_name = found.args.name.clone();
+    Owner { manager: Some("proxmox"), instance_id: Some(id.clone()), instance_name, ..Owner::default() }
+}
+
+fn uuid_of(found: &FoundQemu) -> DomainUuid {
+    found.args.uuid.unwrap_or_else(|| made_up_uuid(found.process))
 }
 
 /// Identity of a process that has no `-uuid`: a custom (version 8) UUID of process id and start time, the same

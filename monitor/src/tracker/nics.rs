@@ -2,7 +2,7 @@
 //!
 //! rx and tx are the guest's. Who receives what the host sends through a device is decided by what the device is.
 
-use super::{Tracked, Tracker};
+use super::{Tracked, Tracker, Where};
 use crate::{
     inventory::{FoundBy, Interface, Observable, QemuProcess},
     ledger::new_in_buckets,
@@ -256,7 +256,10 @@ fn put_backlog(values: &mut Values, empty_at: &mut Option<i64>, (ebpf, slot): (&
 impl Tracker {
     /// Looks which devices the interfaces of a domain are now.
     pub(super) fn look_at_interfaces(&mut self, i: usize) {
-        self.look_for_taps(i);
+        if self.place == Where::Elsewhere {
+            return; // A device of that name here is another one.
+        }
+        self.look_for_files(i);
         for n in 0..self.domains[i].domain.interfaces.len() {
             self.look_at_interface(i, n);
         }
@@ -341,8 +344,8 @@ impl Tracker {
         }
     }
 
-    /// Where libvirt does not tell, a domain's interfaces are the taps that its QEMU holds open.
-    fn look_for_taps(&mut self, i: usize) {
+    /// Where libvirt does not tell, a domain's interfaces and disks are the taps and images that its QEMU holds open.
+    fn look_for_files(&mut self, i: usize) {
         let tracked = &mut self.domains[i];
         let Some(process) = tracked.domain.process.filter(|_| tracked.domain.found_by == FoundBy::Procfs)
         else {
@@ -353,6 +356,7 @@ impl Tracker {
             return;
         }
         tracked.open_files = files;
+        self.look_for_images(i, process);
         let taps = netdev::held_taps(&self.root, process);
         let mut interfaces: Vec<_> = taps.iter().filter_map(|tap| self.interface_of(process, tap)).collect();
         let tracked = &mut self.domains[i];
@@ -388,6 +392,9 @@ impl Tracker {
             alias: None,
             kind: kind.to_owned(),
             source: None,
+            bridge: None,
+            interface_id: None,
+            limits: Vec::new(),
             model: None,
             queues: 1,
             filterref: None,

@@ -1,14 +1,20 @@
 //! BPF array maps in this process's memory: reading a value is a memory access, not a system call.
+//!
+//! The kernel maps every page at once, used or not, and they count as ours. So an array is mapped piece by piece, as its
+//! values are used: maps are sized for many more threads, devices and images than a host mostly has.
 
 use std::{
     io,
     marker::PhantomData,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     ptr::NonNull,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+/// What is mapped at a time, bytes; a multiple of every page size.
+const PIECE: usize = 64 << 10;
 
 /// A `BPF_F_MMAPABLE` array of `len` values of type `T`, shared with the kernel programs.
 ///
@@ -17,6 +23,9 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 pub(super) struct Mapped<T> {
     base: NonNull<T>,
     len: usize,
+    fd: OwnedFd,
+    /// A bit for each piece that is mapped.
+    mapped: Box<[AtomicU64]>,
     of: PhantomData<T>,
 }
 
@@ -24,15 +33,33 @@ pub(super) struct Mapped<T> {
 unsafe impl<T> Send for Mapped<T> {}
 
 impl<T: Copy> Mapped<T> {
-    /// Maps the array behind `fd`.
+    /// Reserves addresses for the array behind `fd`, and maps its first piece.
     pub(super) fn new(fd: impl AsFd, len: usize) -> io::Result<Self> {
         let bytes = len * size_of::<T>();
         // SAFETY: a new mapping at an address the kernel chooses touches no memory in use.
-        let base = unsafe {
-            mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, 0)?
-        };
+        let base =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::empty(), MapFlags::PRIVATE)? };
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
-        Ok(Self { base, len, of: PhantomData })
+        let words = bytes.div_ceil(PIECE).div_ceil(64);
+        let mapped = (0..words).map(|_| AtomicU64::new(0)).collect();
+        let this = Self { base, len, fd: fd.as_fd().try_clone_to_owned()?, mapped, of: PhantomData };
+        this.map_piece(0)?;
+        Ok(this)
+    }
+
+    /// Maps one piece of the array over the addresses that are reserved for it.
+    fn map_piece(&self, piece: usize) -> io::Result<()> {
+        let begin = piece * PIECE;
+        let bytes = PIECE.min(self.len * size_of::<T>() - begin);
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: inside the addresses reserved in `new`, which only this value uses; `T`s there are shared with the
+        // kernel programs, and nobody has a reference to one before its piece is mapped.
+        unsafe {
+            let at = self.base.as_ptr().cast::<u8>().add(begin).cast();
+            mmap(at, bytes, ProtFlags::READ | ProtFlags::WRITE, flags, &self.fd, begin as u64)?;
+        }
+        self.mapped[piece / 64].fetch_or(1 << (piece % 64), Ordering::Release);
+        Ok(())
     }
 
     /// How many values there are.
@@ -74,6 +101,12 @@ impl<T: Copy> Mapped<T> {
 
     fn at(&self, index: usize) -> *mut T {
         assert!(index < self.len, "value {index} of {}", self.len);
+        let begin = index * size_of::<T>();
+        for piece in begin / PIECE..=(begin + size_of::<T>() - 1) / PIECE {
+            if self.mapped[piece / 64].load(Ordering::Acquire) & 1 << (piece % 64) == 0 {
+                self.map_piece(piece).expect("the first piece could be mapped, and there are few");
+            }
+        }
         // SAFETY: inside the mapping (checked).
         unsafe { self.base.as_ptr().add(index) }
     }
@@ -81,7 +114,7 @@ impl<T: Copy> Mapped<T> {
 
 impl<T> Drop for Mapped<T> {
     fn drop(&mut self) {
-        // SAFETY: mapped in `new` with this length; no reference outlives `self`.
+        // SAFETY: reserved in `new` with this length; no reference outlives `self`.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len * size_of::<T>()) };
     }
 }

@@ -16,6 +16,7 @@ use virt::sys;
 use super::{
     error::{CallError, LibvirtError},
     events::{self, EventSink},
+    job::Job,
     stats::{Builder, DeviceMark, DomainStats, Value},
 };
 use crate::units::DomainUuid;
@@ -38,6 +39,11 @@ impl Groups {
     /// Disks; asks QEMU.
     pub const BLOCK: Self = Self(sys::VIR_DOMAIN_STATS_BLOCK);
 
+    /// Perf events that somebody enabled; read by libvirt from its own descriptors.
+    pub const PERF: Self = Self(sys::VIR_DOMAIN_STATS_PERF);
+    /// How fast guests write to their memory, where somebody had it measured; asks QEMU.
+    pub const DIRTYRATE: Self = Self(sys::VIR_DOMAIN_STATS_DIRTYRATE);
+
     /// What libvirt tells without asking QEMU: guests do not pay for it, and no QEMU can hold up the answer.
     #[must_use]
     pub const fn fast() -> Self {
@@ -47,7 +53,13 @@ impl Groups {
     /// What makes libvirt ask QEMU, or takes it long; iothreads are left out, they tell nothing but polling parameters.
     #[must_use]
     pub const fn slow() -> Self {
-        Self::CPU_TOTAL.and(Self::VCPU).and(Self::BALLOON).and(Self::BLOCK)
+        Self::CPU_TOTAL.and(Self::VCPU).and(Self::BALLOON).and(Self::BLOCK).and(Self::PERF)
+    }
+
+    /// As [`Groups::slow`], with what costs QEMU a question more and mostly has no answer.
+    #[must_use]
+    pub const fn rare() -> Self {
+        Self::slow().and(Self::DIRTYRATE)
     }
 
     /// These groups and those.
@@ -265,10 +277,8 @@ impl Record<'_> {
     /// Its values, and a mark of the devices they tell of.
     pub(super) fn stats(&self, uuid: DomainUuid) -> (DomainStats, DeviceMark) {
         let mut builder = Builder::new(uuid);
-        for parameter in self.parameters() {
-            if let Some(name) = text_in(&parameter.field) {
-                builder.put(name, value_of(parameter));
-            }
+        for (name, value) in self.parameters().iter().filter_map(named_value) {
+            builder.put(name, value);
         }
         let (mut stats, mark) = builder.finish();
         stats.id = self.id();
@@ -276,14 +286,27 @@ impl Record<'_> {
     }
 
     fn parameters(&self) -> &[sys::virTypedParameter] {
-        match usize::try_from(self.raw.nparams) {
-            // SAFETY: libvirt says that `nparams` parameters are at `params`; they live as long as the record.
-            Ok(count) if !self.raw.params.is_null() => unsafe {
-                slice::from_raw_parts(self.raw.params, count)
-            },
-            _ => &[],
-        }
+        // SAFETY: libvirt says that `nparams` parameters are at `params`; they live as long as the record.
+        unsafe { parameters_at(self.raw.params, self.raw.nparams) }
     }
+}
+
+/// # Safety
+/// `count` parameters at `list` live for as long as the result is used; null is none.
+pub(super) unsafe fn parameters_at<'a>(
+    list: sys::virTypedParameterPtr,
+    count: std::ffi::c_int,
+) -> &'a [sys::virTypedParameter] {
+    match usize::try_from(count) {
+        // SAFETY: the caller's promise.
+        Ok(count) if !list.is_null() => unsafe { slice::from_raw_parts(list, count) },
+        _ => &[],
+    }
+}
+
+/// Name and value; `None` if the name is no text.
+pub(super) fn named_value(parameter: &sys::virTypedParameter) -> Option<(&str, Value<'_>)> {
+    Some((text_in(&parameter.field)?, value_of(parameter)))
 }
 
 /// A domain that was looked up.
@@ -299,6 +322,33 @@ impl DomainRef<'_> {
 
     pub(super) fn xml(&self) -> Result<Option<String>, LibvirtError> {
         xml_of(self.raw)
+    }
+
+    /// The job that runs, if one does. Asks QEMU.
+    pub(super) fn job(&self) -> Result<Option<Job>, LibvirtError> {
+        let (mut kind, mut parameters, mut count) = (0, ptr::null_mut(), 0);
+        // SAFETY: the domain is ours, and the three are writable; the parameters are allocated for us.
+        let result = unsafe {
+            sys::virDomainGetJobStats(self.raw, &raw mut kind, &raw mut parameters, &raw mut count, 0)
+        };
+        if result != 0 {
+            return match CallError::last() {
+                gone if gone.code == sys::VIR_ERR_NO_DOMAIN
+                    || gone.code == sys::VIR_ERR_OPERATION_INVALID =>
+                {
+                    Ok(None)
+                }
+                source => Err(LibvirtError::Call { call: "virDomainGetJobStats", source }),
+            };
+        }
+        // SAFETY: libvirt says so.
+        let list = unsafe { parameters_at(parameters, count) };
+        let job = Job::from_parameters(list.iter().filter_map(named_value));
+        // SAFETY: they were allocated for us, and nothing of them is left in use.
+        unsafe { sys::virTypedParamsFree(parameters, count) };
+        let runs =
+            matches!(u32::try_from(kind), Ok(sys::VIR_DOMAIN_JOB_BOUNDED | sys::VIR_DOMAIN_JOB_UNBOUNDED));
+        Ok(runs.then_some(job))
     }
 }
 

@@ -15,6 +15,10 @@ use std::{
 use tokio::sync::mpsc::{Sender, error::TrySendError};
 use virt::sys;
 
+use super::{
+    connection::{named_value, parameters_at},
+    job::Job,
+};
 use crate::{
     inventory::DomainState,
     units::{Bytes, DomainUuid, MonotonicNs},
@@ -58,6 +62,10 @@ pub enum What {
     Balloon(u64),
     /// A job on a disk began, is ready or ended.
     BlockJob,
+    /// Another pass over the guest's memory begins: a migration, a save or the like is under way.
+    JobPass,
+    /// A job on the domain (migration, save, backup, …) is over.
+    JobEnded,
     /// I/O on a disk failed.
     IoError,
     /// Its description changed: metadata, title, limits, a medium.
@@ -141,6 +149,14 @@ pub(super) fn register(connection: sys::virConnectPtr, sink: &EventSink) -> Vec<
         (
             sys::VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON,
             generic!(io_error, sys::virConnectDomainEventIOErrorReasonCallback),
+        ),
+        (
+            sys::VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION,
+            generic!(job_pass, sys::virConnectDomainEventMigrationIterationCallback),
+        ),
+        (
+            sys::VIR_DOMAIN_EVENT_ID_JOB_COMPLETED,
+            generic!(job_ended, sys::virConnectDomainEventJobCompletedCallback),
         ),
         (
             sys::VIR_DOMAIN_EVENT_ID_METADATA_CHANGE,
@@ -351,6 +367,47 @@ unsafe extern "C" fn io_error(
     }
 }
 
+unsafe extern "C" fn job_pass(
+    _: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    pass: c_int,
+    opaque: *mut c_void,
+) {
+    // SAFETY: a callback being called.
+    unsafe { sink(opaque) }.put(domain, What::JobPass, format!("memory is transferred, pass {pass}"));
+}
+
+unsafe extern "C" fn job_ended(
+    _: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    parameters: sys::virTypedParameterPtr,
+    count: c_int,
+    opaque: *mut c_void,
+) {
+    // SAFETY: a callback being called, with so many parameters that live as long.
+    let list = unsafe { parameters_at(parameters, count) };
+    let detail = end_of(&Job::from_parameters(list.iter().filter_map(named_value)));
+    // SAFETY: a callback being called.
+    unsafe { sink(opaque) }.put(domain, What::JobEnded, detail);
+}
+
+/// The end of a job in words.
+fn end_of(job: &Job) -> String {
+    use std::fmt::Write as _;
+    let mut text = format!("job {} is over", job.operation);
+    for (what, amount, unit) in [
+        ("after", job.elapsed_ns.map(|ns| ns / 1_000_000), "ms"),
+        ("memory transferred", job.memory_processed_bytes, "bytes"),
+        ("passes", job.memory_iteration, ""),
+        ("the guest stood for", job.downtime_ns.map(|ns| ns / 1_000_000), "ms"),
+    ] {
+        if let Some(amount) = amount {
+            let _ = write!(text, ", {what} {amount}{}{unit}", if unit.is_empty() { "" } else { " " });
+        }
+    }
+    text
+}
+
 unsafe extern "C" fn metadata(
     _: sys::virConnectPtr,
     domain: sys::virDomainPtr,
@@ -409,6 +466,16 @@ fn identity(domain: sys::virDomainPtr) -> Option<(DomainUuid, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_of_a_job_says_what_is_known() {
+        let job = Job { operation: "save", elapsed_ns: Some(20_000_000), ..Job::default() };
+        assert_eq!(end_of(&job), "job save is over, after 20 ms");
+        assert_eq!(
+            end_of(&Job { memory_iteration: Some(3), ..job }),
+            "job save is over, after 20 ms, passes 3"
+        );
+    }
 
     #[test]
     fn lifecycle_events_have_their_words() {

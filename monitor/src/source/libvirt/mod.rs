@@ -11,6 +11,7 @@
 mod connection;
 mod error;
 mod events;
+mod job;
 pub mod stats;
 mod worker;
 pub mod xml;
@@ -36,6 +37,7 @@ pub use connection::{Connected, Control, Groups, Version};
 pub use error::{CallError, LibvirtError, describe_open_error};
 use events::EventSink;
 pub use events::{DomainEvent, What};
+pub use job::Job;
 use stats::DomainStats;
 use worker::{Collector, Voice};
 
@@ -93,6 +95,8 @@ pub struct Request {
     pub look_for_silent: bool,
     /// Domains to be described whatever is known of them.
     pub describe: Vec<DomainUuid>,
+    /// Domains whose job is asked for. QEMU answers: for counting workers.
+    pub jobs: Vec<DomainUuid>,
 }
 
 /// One collection.
@@ -114,6 +118,8 @@ pub struct LibvirtSample {
     /// What libvirt does with the QEMU of those that were looked at: all if asked for; when counting, those that lack
     /// what only QEMU tells.
     pub controls: Vec<(DomainUuid, Control)>,
+    /// The jobs asked for; none where no job runs (any more).
+    pub jobs: Vec<(DomainUuid, Option<Job>)>,
     /// Domains that were there at the last collection and are no longer active.
     pub gone: Vec<DomainUuid>,
     /// What went wrong for single domains, one line each. A domain in `domains` may lack its description then.
@@ -130,6 +136,7 @@ impl LibvirtSample {
             described: Vec::new(),
             changed: Vec::new(),
             controls: Vec::new(),
+            jobs: Vec::new(),
             gone: Vec::new(),
             errors: Vec::new(),
         }
@@ -226,12 +233,12 @@ impl Libvirt {
         if self.connected { self.watch.ask(request) } else { Err(Busy) }
     }
 
-    /// Asks the counting worker for [`Groups::slow`]; one that is not connected yet connects first.
+    /// Asks the counting worker; one that is not connected yet connects first.
     ///
     /// # Errors
     /// If it has not answered yet.
-    pub fn count(&mut self) -> Result<(), Busy> {
-        self.count.ask(Request { groups: Some(Groups::slow()), ..Request::default() })
+    pub fn count(&mut self, request: Request) -> Result<(), Busy> {
+        self.count.ask(request)
     }
 
     /// Leaves a counting worker to itself that is stuck in a call, and starts another. What it still says is not heard:

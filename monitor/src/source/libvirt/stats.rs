@@ -5,7 +5,13 @@
 //! NOWAIT left it out because the domain was busy. Absent is never 0, and unknown names are ignored. Knows nothing
 //! of connections; the parameters come from `connection`.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash, Hasher},
+};
+
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use crate::{
     inventory::DomainState,
@@ -14,6 +20,8 @@ use crate::{
 
 /// Indices from here on are ignored, so that no text can make a list grow without bound.
 const MAX_INDEX: u32 = 4096;
+/// Most counters of a kind that libvirt names freely; KVM has about 50 for a vCPU, libvirt 23 perf events.
+const MAX_NAMED: usize = 256;
 
 /// One value of a typed parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,7 +38,7 @@ pub enum Value<'a> {
 
 impl Value<'_> {
     /// The number. Negative ones mean "not supported" in libvirt, as does -1 in an unsigned parameter.
-    fn number(self) -> Option<u64> {
+    pub(super) fn number(self) -> Option<u64> {
         match self {
             Self::Signed(n) => u64::try_from(n).ok(),
             Self::Unsigned(u64::MAX) | Self::Text(_) | Self::Other => None,
@@ -62,6 +70,11 @@ pub struct DomainStats {
     pub cpu_user_ns: Option<u64>,
     /// `cpu.system`: of it in kernel mode, nanoseconds.
     pub cpu_system_ns: Option<u64>,
+    /// `cpu.haltpoll.success.time`: time KVM polled for the end of halts that ended meanwhile, all vCPUs, nanoseconds;
+    /// 0 for emulated domains.
+    pub haltpoll_success_ns: Option<u64>,
+    /// `cpu.haltpoll.fail.time`: time it polled for those that did not, likewise.
+    pub haltpoll_fail_ns: Option<u64>,
     /// `vcpu.current`: how many vCPUs are online.
     pub vcpu_current: Option<u64>,
     /// `vcpu.N.*`, ascending, offline numbers left out.
@@ -72,6 +85,30 @@ pub struct DomainStats {
     pub blocks: Vec<BlockStats>,
     /// `balloon.*`.
     pub balloon: BalloonStats,
+    /// `perf.*`: events that are enabled for the domain, by libvirt's name, as counted since they were.
+    pub perf: Vec<(String, u64)>,
+    /// `dirtyrate.*`; absent if nobody ever had it measured.
+    pub dirty_rate: Option<DirtyRate>,
+}
+
+/// The last measurement of how fast a guest writes to its memory, which somebody else asked for (`domdirtyrate-calc`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub struct DirtyRate {
+    /// `dirtyrate.calc_status`: it is still under way.
+    pub measuring: bool,
+    /// `dirtyrate.calc_start_time`: when it began, seconds of the host's `CLOCK_MONOTONIC`.
+    pub started_s: u64,
+    /// `dirtyrate.calc_period`: how long it takes, seconds.
+    pub period_s: u64,
+    /// `dirtyrate.calc_mode`: `page-sampling`, `dirty-bitmap` or `dirty-ring`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
+    /// `dirtyrate.megabytes_per_second` (MiB); absent while it is under way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_s: Option<u64>,
+    /// `dirtyrate.vcpu.N.megabytes_per_second` by vCPU; `dirty-ring` only.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub vcpu_bytes_per_s: BTreeMap<u32, u64>,
 }
 
 /// State of a vCPU (`virVcpuState`).
@@ -120,6 +157,9 @@ pub struct VcpuStats {
     pub wait_ns: Option<u64>,
     /// `vcpu.N.delay`: time runnable but not running (`run_delay` of schedstat), nanoseconds.
     pub delay_ns: Option<u64>,
+    /// `vcpu.N.*.sum`: what KVM counts for the vCPU since it was made, by the kernel's name (libvirt 8.10, QEMU 7.1, Linux
+    /// 5.14; none for emulated domains).
+    pub kvm: Vec<(String, u64)>,
 }
 
 /// One network interface, seen from the guest for taps and from the host for `direct` ones, as libvirt does.
@@ -261,11 +301,15 @@ impl Builder {
             cpu_time_ns: None,
             cpu_user_ns: None,
             cpu_system_ns: None,
+            haltpoll_success_ns: None,
+            haltpoll_fail_ns: None,
             vcpu_current: None,
             vcpus: Vec::new(),
             interfaces: Vec::new(),
             blocks: Vec::new(),
             balloon: BalloonStats::NONE,
+            perf: Vec::new(),
+            dirty_rate: None,
         };
         let told = Told { interfaces: false, blocks: false, vcpus: false };
         Self { stats, interfaces: Vec::new(), blocks: Vec::new(), vcpus: Vec::new(), told }
@@ -278,6 +322,8 @@ impl Builder {
             "state" if field == "state" => self.stats.state = value.number().and_then(state_from_libvirt),
             "cpu" => self.put_cpu(field, value),
             "balloon" => self.stats.balloon.put(field, value),
+            "perf" => put_named(&mut self.stats.perf, field, value),
+            "dirtyrate" => self.stats.dirty_rate.get_or_insert_default().put(field, value),
             "vcpu" if field == "current" => {
                 self.told.vcpus = true;
                 self.stats.vcpu_current = value.number();
@@ -308,6 +354,8 @@ impl Builder {
             "time" => self.stats.cpu_time_ns = value.number(),
             "user" => self.stats.cpu_user_ns = value.number(),
             "system" => self.stats.cpu_system_ns = value.number(),
+            "haltpoll.success.time" => self.stats.haltpoll_success_ns = value.number(),
+            "haltpoll.fail.time" => self.stats.haltpoll_fail_ns = value.number(),
             _ => {}
         }
     }
@@ -319,6 +367,7 @@ impl Builder {
         stats.interfaces =
             self.interfaces.into_iter().map(|(_, i)| i).filter(|i| !i.device.is_empty()).collect();
         stats.blocks = self.blocks.into_iter().map(|(_, b)| b).filter(|b| !b.target.is_empty()).collect();
+        stats.dirty_rate = stats.dirty_rate.filter(|rate| rate.started_s > 0);
         let mark = DeviceMark::of(&stats, self.told);
         (stats, mark)
     }
@@ -361,7 +410,8 @@ fn state_from_libvirt(number: u64) -> Option<DomainState> {
 
 impl VcpuStats {
     const fn new(index: u32) -> Self {
-        Self { index: VcpuIndex(index), state: None, time_ns: None, wait_ns: None, delay_ns: None }
+        let index = VcpuIndex(index);
+        Self { index, state: None, time_ns: None, wait_ns: None, delay_ns: None, kvm: Vec::new() }
     }
 
     fn put(&mut self, field: &str, value: Value<'_>) {
@@ -370,7 +420,44 @@ impl VcpuStats {
             "time" => self.time_ns = value.number(),
             "wait" => self.wait_ns = value.number(),
             "delay" => self.delay_ns = value.number(),
-            _ => {}
+            _ => {
+                if let Some(name) = field.strip_suffix(".sum") {
+                    put_named(&mut self.kvm, name, value);
+                }
+            }
+        }
+    }
+
+    /// What KVM counts under a name.
+    #[must_use]
+    pub fn kvm(&self, name: &str) -> Option<u64> {
+        self.kvm.iter().find(|(known, _)| known == name).map(|(_, value)| *value)
+    }
+}
+
+/// Counters whose names are not ours.
+fn put_named(list: &mut Vec<(String, u64)>, name: &str, value: Value<'_>) {
+    if let Some(number) = value.number().filter(|_| list.len() < MAX_NAMED) {
+        list.push((name.to_owned(), number));
+    }
+}
+
+impl DirtyRate {
+    /// Status 0 is none, 1 under way, 2 done (`virDomainDirtyRateStatus`).
+    fn put(&mut self, field: &str, value: Value<'_>) {
+        let mib = |value: Value<'_>| value.number().and_then(|mib| mib.checked_mul(1 << 20));
+        match field {
+            "calc_status" => self.measuring = value.number() == Some(1),
+            "calc_start_time" => self.started_s = value.number().unwrap_or(0),
+            "calc_period" => self.period_s = value.number().unwrap_or(0),
+            "calc_mode" => self.mode = value.text(),
+            "megabytes_per_second" => self.bytes_per_s = mib(value),
+            _ => {
+                let of_vcpu = field.strip_prefix("vcpu.").and_then(split_index);
+                if let (Some((vcpu, "megabytes_per_second")), Some(rate)) = (of_vcpu, mib(value)) {
+                    self.vcpu_bytes_per_s.insert(vcpu, rate);
+                }
+            }
         }
     }
 }
@@ -545,7 +632,10 @@ mod tests {
             time_ns: Some(time_ns),
             wait_ns: Some(0),
             delay_ns: Some(delay_ns),
+            kvm: Vec::new(),
         };
+        assert_eq!((stats.haltpoll_success_ns, stats.haltpoll_fail_ns), (Some(0), Some(0)));
+        assert_eq!((stats.perf.as_slice(), &stats.dirty_rate), (&[][..], &None), "nothing was measured");
         assert_eq!(stats.vcpus, [vcpu(0, 280_000_000, 156_843_514), vcpu(1, 10_000_000, 63_281_793)]);
         assert_eq!(
             stats.balloon,

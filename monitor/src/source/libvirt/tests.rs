@@ -15,6 +15,10 @@ fn fast() -> Request {
     Request { groups: Some(Groups::fast()), ..Request::default() }
 }
 
+fn slow() -> Request {
+    Request { groups: Some(Groups::slow()), ..Request::default() }
+}
+
 async fn connected() -> (Libvirt, Connected) {
     let mut libvirt = Libvirt::start(TEST_DRIVER);
     assert_eq!(libvirt.watch(fast()), Err(Busy), "not connected yet");
@@ -86,14 +90,14 @@ fn a_domain_is_described_once_and_measured_each_time() {
 fn counting_goes_on_with_another_worker_when_one_is_given_up() {
     block_on(async {
         let (mut libvirt, _) = connected().await;
-        libvirt.count().unwrap();
+        libvirt.count(slow()).unwrap();
         assert_eq!(sample(&mut libvirt).await.duty, Duty::Count);
         for _ in 0..MOST_STUCK {
-            libvirt.count().unwrap();
+            libvirt.count(slow()).unwrap();
             libvirt.give_up_counting().unwrap();
         }
         // These are not stuck: their answers come, are not taken for the last one's, and make room.
-        libvirt.count().unwrap();
+        libvirt.count(slow()).unwrap();
         let answer = sample(&mut libvirt).await;
         assert_eq!((answer.duty, answer.domains.len()), (Duty::Count, 1));
         assert_eq!(libvirt.outstanding_since(Duty::Count), None);
@@ -106,7 +110,7 @@ fn stuck_workers_are_few() {
     block_on(async {
         let mut libvirt = Libvirt::start(&uri);
         for _ in 0..MOST_STUCK {
-            libvirt.count().unwrap();
+            libvirt.count(slow()).unwrap();
             libvirt.give_up_counting().unwrap();
         }
         assert_eq!(libvirt.give_up_counting(), Err(Busy));

@@ -191,6 +191,13 @@ impl Collector {
             }
             self.find_gone(&mut sample);
         }
+        for uuid in &request.jobs {
+            let job = connection.domain(*uuid).and_then(|domain| domain.map_or(Ok(None), |d| d.job()));
+            match job {
+                Ok(job) => sample.jobs.push((*uuid, job)),
+                Err(error) => sample.errors.push(error.one_line()),
+            }
+        }
         for uuid in &request.describe {
             let described = sample.described.iter().any(|d| d.domain.uuid == *uuid);
             if let Some(domain) = if described { None } else { connection.domain(*uuid)? } {

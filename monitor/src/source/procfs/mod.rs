@@ -3,7 +3,9 @@
 //! Finding uses the `procfs` crate. The files read at every tick are kept open and read with `pread`, without
 //! allocating. The root directory is an argument, so that tests can hand over a made-up tree.
 
+mod command_line;
 pub mod images;
+mod memory;
 
 use std::{
     collections::HashMap,
@@ -17,8 +19,11 @@ use procfs::process::Process;
 
 use crate::{
     inventory::QemuProcess,
-    units::{Bytes, Count, DomainUuid, Nanos, Tgid, Tid, VcpuIndex},
+    units::{Bytes, Count, Nanos, Tgid, Tid, VcpuIndex},
 };
+
+pub use command_line::{Drive, QemuArgs, parse_command_line};
+pub use memory::{MemoryOf, Pss, PssReader, memory};
 
 /// What the kernel says of a process that has ended while a file of it is open.
 const GONE: i32 = rustix::io::Errno::SRCH.raw_os_error();
@@ -69,17 +74,6 @@ pub struct FoundQemu {
     pub process: QemuProcess,
     /// What its command line says.
     pub args: QemuArgs,
-}
-
-/// What a QEMU command line says of its domain.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct QemuArgs {
-    /// `-name NAME` or `-name guest=NAME,…`.
-    pub name: Option<String>,
-    /// `-uuid UUID`.
-    pub uuid: Option<DomainUuid>,
-    /// Hardware virtualization is asked for (`-enable-kvm`, `-accel kvm`, `accel=kvm`); else QEMU emulates.
-    pub kvm: bool,
 }
 
 /// A new process is looked at this often before it is taken for something else than QEMU: right after the
@@ -199,37 +193,10 @@ fn start_time(root: &Path, pid: u32) -> Option<u64> {
     stat_fields(&text)?.nth(19)?.parse().ok()
 }
 
-/// Reads a QEMU command line; `None` if the program is not QEMU.
+/// Whether a process still is the one it was.
 #[must_use]
-pub fn parse_command_line(args: &[String]) -> Option<QemuArgs> {
-    let program = args.first()?.rsplit('/').next()?;
-    if !(program.starts_with("qemu-system-") || matches!(program, "qemu-kvm" | "kvm" | "qemu")) {
-        return None;
-    }
-    let mut found = QemuArgs::default();
-    for (option, value) in args.iter().zip(args.iter().skip(1).map(String::as_str).chain([""])) {
-        match option.trim_start_matches("--").trim_start_matches('-') {
-            "name" => found.name = Some(guest_name(value)),
-            "uuid" => found.uuid = value.parse().ok(),
-            "enable-kvm" => found.kvm = true,
-            "accel" if value.split([',', ':']).any(|v| v == "kvm") => found.kvm = true,
-            // libvirt asks QEMU for its capabilities this way: no guest is ever run.
-            "machine" | "M" if value.split(',').any(|v| v == "none") => return None,
-            "machine" | "M" if value.split(',').any(|v| v.starts_with("accel=kvm")) => found.kvm = true,
-            _ => {}
-        }
-    }
-    found.kvm |= program == "kvm" || program == "qemu-kvm";
-    Some(found)
-}
-
-/// The value of `-name`: `NAME`, `guest=NAME,debug-threads=on`; a comma in the name is doubled.
-fn guest_name(value: &str) -> String {
-    const COMMA: &str = "\u{0}";
-    let value = value.replace(",,", COMMA);
-    let parts: Vec<&str> = value.split(',').collect();
-    let name = parts.iter().find_map(|p| p.strip_prefix("guest=")).unwrap_or(parts[0]);
-    name.replace(COMMA, ",")
+pub fn lives(root: &Path, process: QemuProcess) -> bool {
+    start_time(root, process.tgid.0) == Some(process.start_time_ticks)
 }
 
 /// The threads of a process, ascending.
@@ -451,35 +418,6 @@ fn numbers(text: &[u8]) -> Option<impl Iterator<Item = &str>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn args(line: &str) -> Option<QemuArgs> {
-        parse_command_line(&line.split(' ').map(str::to_owned).collect::<Vec<_>>())
-    }
-
-    #[test]
-    fn command_lines_of_libvirt_proxmox_and_by_hand() {
-        let libvirt = args(
-            "/usr/bin/qemu-system-x86_64 -name guest=web,,1,debug-threads=on -S -accel tcg \
-             -uuid 4d5e0e2b-3c1f-4a7b-9d8e-0123456789ab -display none",
-        );
-        let libvirt = libvirt.unwrap();
-        assert_eq!(libvirt.name.as_deref(), Some("web,1"));
-        assert_eq!(libvirt.uuid.unwrap().to_string(), "4d5e0e2b-3c1f-4a7b-9d8e-0123456789ab");
-        assert!(!libvirt.kvm);
-        let proxmox = args("/usr/bin/kvm -id 100 -name build,debug-threads=on -no-shutdown").unwrap();
-        assert_eq!((proxmox.name.as_deref(), proxmox.kvm), (Some("build"), true));
-        let plain = args("qemu-system-x86_64 -machine q35,accel=kvm:tcg -name a").unwrap();
-        assert_eq!((plain.name.as_deref(), plain.uuid, plain.kvm), (Some("a"), None, true));
-        assert_eq!(args("/usr/sbin/libvirtd -d"), None);
-        assert_eq!(args("qemu-img create"), None);
-        assert_eq!(args("/usr/bin/qemu-system-x86_64 -S -nodefaults -machine none,accel=kvm:tcg"), None);
-    }
-
-    #[test]
-    fn a_last_option_without_value_is_no_panic() {
-        assert_eq!(args("qemu-system-x86_64 -name").unwrap().name.as_deref(), Some(""));
-        assert_eq!(parse_command_line(&[]), None);
-    }
 
     #[test]
     fn vcpu_names() {

@@ -4,14 +4,15 @@
 //! of nodes are limited, a DTD is refused, and nothing in it can make this module panic. Knows neither libvirt's
 //! API nor the host; threads, process and host device indices are filled in by others.
 
+mod limits;
+mod owner;
+
 use std::collections::BTreeMap;
 
 use roxmltree::{Document, Node, ParsingOptions};
 
 use crate::{
-    inventory::{
-        Balloon, Disk, Domain, DomainState, FoundBy, Interface, MonitorState, Observable, Owner, Vcpu,
-    },
+    inventory::{Balloon, Disk, Domain, DomainState, FoundBy, Interface, MonitorState, Observable, Vcpu},
     units::{DomainUuid, VcpuIndex},
 };
 
@@ -23,8 +24,6 @@ const MAX_NODES: u32 = 1 << 18;
 const MAX_DEPTH: usize = 256;
 /// Most vCPUs accepted; QEMU's machines stop at 4096.
 const MAX_VCPUS: u32 = 4096;
-/// Start of the namespace of Nova's metadata; `1.0` and `1.1` are in use.
-const NOVA_NAMESPACE: &str = "http://openstack.org/xmlns/libvirt/nova/";
 
 /// Why a domain's XML cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -82,36 +81,24 @@ fn read_domain(root: Node<'_, '_>) -> Result<Domain, XmlError> {
     let devices = child(root, "devices");
     Ok(Domain {
         uuid,
-        name,
         id: number(root.attribute("id")),
         state: DomainState::Unknown,
         monitor: MonitorState::default(),
         title: child_text(root, "title"),
-        owner: read_owner(root),
+        owner: owner::read(root, &name),
         virt_type: attribute(root, "type"),
         process: None,
         vcpus: read_vcpus(root)?,
+        vcpus_max: child(root, "vcpu").and_then(|vcpu| number(Some(&text(vcpu)))),
+        cpu_limits: limits::of_cpu(child(root, "cputune")),
         interfaces: each(devices, "interface").map(read_interface).collect(),
         disks: each(devices, "disk").map(read_disk).collect(),
         memory_max_bytes: read_memory(root, "memory", "<memory>")?,
         memory_current_bytes: read_memory(root, "currentMemory", "<currentMemory>")?,
         balloon: each(devices, "memballoon").next().map(read_balloon),
+        name,
         found_by: FoundBy::Libvirt,
     })
-}
-
-/// Nova writes `<nova:instance>` below `<metadata>`; other namespaces are left alone.
-fn read_owner(root: Node<'_, '_>) -> Owner {
-    let Some(instance) = child(root, "metadata").and_then(|metadata| nova(metadata, "instance")) else {
-        return Owner::default();
-    };
-    let owner = nova(instance, "owner");
-    Owner {
-        instance_name: nova(instance, "name").map(text),
-        flavor: nova(instance, "flavor").and_then(|flavor| attribute(flavor, "name")),
-        project: owner.and_then(|owner| nova(owner, "project")).map(text),
-        user: owner.and_then(|owner| nova(owner, "user")).map(text),
-    }
 }
 
 /// `<vcpus>` names each vCPU and may have holes; without it the first `current` of `<vcpu>` are online.
@@ -163,6 +150,10 @@ fn read_interface(node: Node<'_, '_>) -> Interface {
         alias: child_attribute(node, "alias", "name"),
         mac: child_attribute(node, "mac", "address").map(|mac| mac.to_lowercase()),
         source: child(node, "source").and_then(|source| interface_source(&kind, source)),
+        bridge: child_attribute(node, "source", "bridge"),
+        interface_id: child(node, "virtualport")
+            .and_then(|port| child_attribute(port, "parameters", "interfaceid")),
+        limits: limits::of_interface(child(node, "bandwidth")),
         model: child_attribute(node, "model", "type"),
         queues: number(child(node, "driver").and_then(|driver| driver.attribute("queues"))).unwrap_or(1),
         filterref: filter.and_then(|filter| attribute(filter, "filter")),
@@ -227,6 +218,8 @@ fn read_disk(node: Node<'_, '_>) -> Disk {
         iothread: number(driver("iothread").as_deref()),
         serial: child_text(node, "serial"),
         backing_chain: read_backing_chain(node),
+        limits: limits::of_disk(child(node, "iotune")),
+        limits_group: child(node, "iotune").and_then(|limits| child_text(limits, "group_name")),
         observable,
         source,
         source_type,
@@ -337,13 +330,6 @@ fn child<'a, 'i>(node: Node<'a, 'i>, name: &str) -> Option<Node<'a, 'i>> {
 
 fn each<'a, 'i>(parent: Option<Node<'a, 'i>>, name: &str) -> impl Iterator<Item = Node<'a, 'i>> {
     parent.into_iter().flat_map(|parent| parent.children()).filter(move |child| is(*child, name))
-}
-
-fn nova<'a, 'i>(node: Node<'a, 'i>, name: &str) -> Option<Node<'a, 'i>> {
-    node.children().find(|child| {
-        let tag = child.tag_name();
-        tag.name() == name && tag.namespace().is_some_and(|ns| ns.starts_with(NOVA_NAMESPACE))
-    })
 }
 
 /// All text directly below a node: comments and CDATA split it into several nodes.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::inventory::Owner;
 
 const PLAIN: &str = include_str!("../../../../../tests/fixtures/xml/plain.xml");
 const OPENSTACK: &str = include_str!("../../../../../tests/fixtures/xml/openstack.xml");
@@ -49,10 +50,12 @@ fn openstack_guest() {
     assert_eq!(
         domain.owner,
         Owner {
+            manager: Some("nova"),
             instance_name: Some("web & mail ✉".into()),
             flavor: Some("m1.large".into()),
             project: Some("shop".into()),
             user: Some("alice".into()),
+            ..domain.owner.clone()
         }
     );
     let affinity: Vec<_> = domain.vcpus.iter().map(|v| v.affinity.as_deref().unwrap()).collect();
