@@ -1,17 +1,51 @@
-//! `cargo xtask bench`: measures what the probes cost. Prints figures; judges nothing.
+//! `cargo xtask bench`: measures what the probes and collections cost. Prints figures; judges nothing.
 
-use anyhow::{Result, bail, ensure};
+use std::path::PathBuf;
+use std::process::Command;
 
-use crate::{build, process};
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::setup::{self, Scope};
+use crate::{build, paths, process};
+
+/// The other program that collects from libvirt, as Python's package registry has it.
+const CEILOMETER: &str = "ceilometer==27.0.0";
 
 /// The subcommand.
 pub(crate) fn run(args: &[String]) -> Result<()> {
-    let words: Vec<_> = args.iter().map(String::as_str).collect();
-    let [name @ ("kvm" | "net" | "sched")] = words[..] else {
-        bail!("bench takes the name of a benchmark: kvm, net or sched")
+    let Some((name @ ("kvm" | "libvirt" | "net" | "sched"), rest)) =
+        args.split_first().map(|(name, rest)| (name.as_str(), rest))
+    else {
+        bail!("bench takes the name of a benchmark: kvm, libvirt, net or sched")
     };
+    ensure!(rest.is_empty() || name == "libvirt", "bench {name} takes no argument, not `{}`", rest[0]);
     ensure!(process::is_root(), "bench needs root, because it loads kernel programs: run it with sudo");
     let mut cargo = build::host_cargo("bench")?;
     cargo.args(["--package", "monitor", "--bench", name]);
+    if name == "libvirt" {
+        setup::ensure(Scope::Bench)?;
+        let built = build::prepare_live()?;
+        cargo.env("KVM_MONITOR_BIN", built.monitor);
+        cargo.env("KVM_MONITOR_LAB_KERNEL", built.kernel_dir).env("KVM_MONITOR_GUEST_INIT", built.guest_init);
+        cargo.env("KVM_MONITOR_LAB_DIR", built.target_dir);
+        match ceilometer() {
+            Ok(python) => drop(cargo.env("KVM_MONITOR_BENCH_PYTHON", python)),
+            Err(error) => eprintln!("ceilometer is not measured: {error:#}"),
+        }
+        cargo.arg("--").args(rest);
+    }
     process::run(&mut cargo)
+}
+
+/// A Python that has ceilometer, and Debian's libvirt module; made once.
+fn ceilometer() -> Result<PathBuf> {
+    let place = paths::target().join("bench-python");
+    let python = place.join("bin/python3");
+    let has_it = |python: &PathBuf| process::succeeds(Command::new(python).args(["-c", "import ceilometer"]));
+    if !has_it(&python) {
+        let mut venv = Command::new("/usr/bin/python3");
+        process::run_tailed(venv.args(["-m", "venv", "--system-site-packages"]).arg(&place))?;
+        process::run_tailed(Command::new(&python).args(["-m", "pip", "install", "--quiet", CEILOMETER]))?;
+    }
+    has_it(&python).then_some(python).context("it cannot be imported after its installation")
 }

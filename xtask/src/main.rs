@@ -11,6 +11,7 @@ mod demo;
 mod docs;
 mod ebpf;
 mod elf;
+mod fuzz;
 mod kernel;
 mod kernels;
 mod lint;
@@ -41,7 +42,10 @@ usage: cargo xtask SUBCOMMAND
   kernels                      what the verifier of each kernel makes of the programs, into docs/kernels.md; as root
   lint                         formatting, clippy, documentation, generated documents
   bench sched                  cost of the probes at a context switch, as root; prints ratios side by side
+  bench libvirt [SIZE…]        cost of a collection with so many real domains, all parties, beside others, as root
+  bench libvirt scale [SIZE…]  time and memory with thousands of domains of libvirt's test driver
   bench kvm                    cost of the probes at an exit and a return to user space, as root
+  fuzz [TARGET] [--seconds N]  random text for the readers of domain XML, statistics and command lines
   docs [--check]               write the generated parts of the documents, or check them
 
 KVM_MONITOR_BPF_ROUTE=rustup|distro   allow one way to a compiler for BPF only
@@ -81,6 +85,7 @@ fn dispatch(args: &[String]) -> Result<bool> {
         "lint" => return lint::run(args),
         "bench" => bench::run(args)?,
         "docs" => docs::run(args)?,
+        "fuzz" => fuzz::run(args)?,
         "help" | "--help" | "-h" => println!("{HELP}"),
         other => bail!("no subcommand `{other}`\n{HELP}"),
     }

@@ -17,6 +17,8 @@ pub(crate) enum Scope {
     Build,
     /// The demo and the live tests too: real guests under a libvirtd of our own.
     Guests,
+    /// Other programs that `bench libvirt` measures beside ours.
+    Bench,
 }
 
 impl Scope {
@@ -24,6 +26,7 @@ impl Scope {
         match self {
             Self::Build => "to build",
             Self::Guests => "for demo and live tests",
+            Self::Bench => "for bench libvirt",
         }
     }
 }
@@ -54,10 +57,10 @@ struct Item {
 }
 
 use Presence::{FileServer, PkgConfig, Program, PythonModule, StaticLibrary};
-use Scope::{Build, Guests};
+use Scope::{Bench, Build, Guests};
 
 #[rustfmt::skip] // A table.
-const ITEMS: [Item; 19] = [
+const ITEMS: [Item; 21] = [
     Item { name: "cc", scope: Build, why: "links every Rust program", presence: Program("cc"),
            debian: "gcc libc6-dev", fedora: "gcc glibc-devel", arch: "gcc" },
     Item { name: "pkg-config", scope: Build, why: "finds the libvirt library", presence: Program("pkg-config"),
@@ -96,6 +99,10 @@ const ITEMS: [Item; 19] = [
            debian: "mount", fedora: "util-linux", arch: "util-linux" },
     Item { name: "dmsetup", scope: Guests, why: "makes slow and failing disks in the VMs of `cargo xtask lab`", presence: Program("dmsetup"),
            debian: "dmsetup", fedora: "device-mapper", arch: "device-mapper" },
+    Item { name: "libvirt for Python", scope: Bench, why: "collects beside us", presence: PythonModule("libvirt"),
+           debian: "python3-libvirt", fedora: "python3-libvirt", arch: "libvirt-python" },
+    Item { name: "venv for Python", scope: Bench, why: "holds ceilometer, which is measured beside us", presence: PythonModule("ensurepip"),
+           debian: "python3-venv", fedora: "python3", arch: "python" },
 ];
 
 /// Debian 12's QEMU brings its own; later releases have a package for it, and QEMU's common files anyway.
@@ -111,7 +118,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     let missing: Vec<_> = missing(Guests).iter().map(|item| item.name).collect();
     packages(Guests, conflicts)?;
     ensure(Guests)?;
-    for item in &ITEMS {
+    for item in ITEMS.iter().filter(|item| item.scope <= Guests) {
         let state = if missing.contains(&item.name) { "installed" } else { "present" };
         println!("{state:<9}  {:<21}  {}: {}", item.name, item.scope.purpose(), item.why);
     }
