@@ -88,6 +88,7 @@ pub struct Entity {
     trails: Vec<[Trail; SourceKind::COUNT]>,
     progress: [Progress; 2],
     backlog: u64,
+    lately: Lately,
     /// How many figures of how many sources were read when comparisons were last made.
     said: usize,
 }
@@ -100,6 +101,24 @@ struct Progress {
     carried: u64,
     /// As `carried`, whatever it did at this reading.
     most: u64,
+}
+
+/// The most packets that waited in a tap's queue in the last seconds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lately {
+    packets: u64,
+    at_ns: u64,
+}
+
+impl Lately {
+    /// As long as a source may be late.
+    const SPAN_NS: u64 = 10_000_000_000;
+
+    fn add(&mut self, packets: u64, at_ns: u64) {
+        if packets >= self.packets || at_ns.saturating_sub(self.at_ns) > Self::SPAN_NS {
+            *self = Self { packets, at_ns };
+        }
+    }
 }
 
 /// What a reading of an entity happens in.
@@ -136,6 +155,7 @@ impl Entity {
             trails: vec![std::array::from_fn(|_| Trail::default()); metrics],
             progress: [Progress::default(); 2],
             backlog: 0,
+            lately: Lately::default(),
             said: 0,
         }
     }
@@ -167,6 +187,9 @@ impl Entity {
         let backlog = self.value(row, "rx_backlog_packets", SourceKind::Ebpf);
         let most_backlog = backlog.map(|now| now.max(self.backlog));
         self.backlog = backlog.unwrap_or(0);
+        if let (Some(packets), Some(window)) = (most_backlog, around.windows[SourceKind::Ebpf as usize]) {
+            self.lately.add(packets, window.end.0);
+        }
         let irq = self.grown(row, "irq_ns");
         for (index, def) in self.scope.metrics().iter().enumerate() {
             for source in SourceKind::ALL {
@@ -198,6 +221,7 @@ impl Entity {
             let source = if pair.reference == SourceKind::Ebpf { pair.other } else { SourceKind::Libvirt };
             let moment = Moment {
                 irq,
+                lately_backlog_packets: self.lately.packets,
                 stops: around.stops,
                 backlog_packets: most_backlog,
                 value: row.values[pair.def.metric.index_in_scope()][pair.other as usize].unwrap_or(0),

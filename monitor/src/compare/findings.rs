@@ -40,23 +40,26 @@ pub(super) fn find<'a>(domains: impl Iterator<Item = (&'a DomainState, &'a Domai
     findings
 }
 
-/// The same finding in several places is one, with the sentence of where it is largest.
+/// The same finding in several places or of several sources is one, with the sentence of where it is largest.
 fn add(all: &mut Vec<Finding>, finding: Finding) {
     let same = |f: &&mut Finding| {
-        (&f.cause, &f.metric, &f.source, f.verdict)
-            == (&finding.cause, &finding.metric, &finding.source, finding.verdict)
+        (&f.cause, &f.metric, f.verdict) == (&finding.cause, &finding.metric, finding.verdict)
     };
-    match all.iter_mut().find(same) {
-        None => all.push(finding),
-        Some(known) => {
-            known
-                .places
-                .extend(finding.places.into_iter().filter(|p| !known.places.contains(p)).collect::<Vec<_>>());
-            if finding.amount.abs() > known.amount.abs() {
-                known.amount = finding.amount;
-                known.sentence = finding.sentence;
-            }
+    let Some(known) = all.iter_mut().find(same) else {
+        all.push(finding);
+        return;
+    };
+    for place in finding.places {
+        if !known.places.contains(&place) {
+            known.places.push(place);
         }
+    }
+    if !known.source.split(", ").any(|s| s == finding.source) {
+        known.source = format!("{}, {}", known.source, finding.source);
+    }
+    if finding.amount.abs() > known.amount.abs() {
+        known.amount = finding.amount;
+        known.sentence = finding.sentence;
     }
 }
 
@@ -83,7 +86,12 @@ fn of_comparison(
             .iter()
             .map(|part| {
                 let size = amount(part.amount, metric.of);
-                let sentence = sentence(&what, metric, comparison, (part.cause, &size));
+                let parts = if part.cause == Cause::EmulatorIncluded.name() {
+                    threads(entity)
+                } else {
+                    String::new()
+                };
+                let sentence = sentence(&what, metric, comparison, (part.cause, &size)) + &parts;
                 finding(part.cause, part.amount, sentence)
             })
             .collect(),
@@ -149,6 +157,9 @@ fn sentence(
         "tick" | "open_run" | "open_wait" | "irq_time" => {
             format!("{what}: {other} is up to {size} off {reference} at a reading: {explanation}.")
         }
+        "backlog" | "qemu_open" | "qemu_flush" => {
+            format!("{what}: {reference} is up to {size} ahead of {other} at a reading: {explanation}.")
+        }
         "emulator_included" | "gso" | "cache_absorbed" | "not_kept" => format!(
             "{what} {{{other}}} is {} beside {} of {} {{{reference}}} (difference {size}{share}): {explanation}.",
             amount(comparison.other_total, metric.of),
@@ -162,6 +173,22 @@ fn sentence(
             amount(comparison.difference, metric.of),
         ),
     }
+}
+
+/// What the threads of a VM beside its vCPUs ran, by class.
+fn threads(cpu: &EntityReport) -> String {
+    let classes = [
+        ("emulator_run_ns", "the emulator"),
+        ("iothread_run_ns", "I/O threads"),
+        ("worker_run_ns", "workers"),
+        ("vhost_run_ns", "vhost"),
+    ];
+    let of = |metric: &str| cpu.metrics.iter().find(|m| m.metric == metric).map(|m| m.answer.total);
+    let parts = classes.into_iter().filter_map(|(metric, name)| {
+        of(metric).filter(|ns| *ns > 0.0).map(|ns| format!("{name} {}", amount(ns, Unit::Nanoseconds)))
+    });
+    let parts: Vec<String> = parts.collect();
+    if parts.is_empty() { String::new() } else { format!(" Of it, {}.", parts.join(", ")) }
 }
 
 fn total(entity: &EntityReport, metric: &str, source: SourceKind) -> Option<f64> {

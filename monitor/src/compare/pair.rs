@@ -11,7 +11,7 @@ use crate::{
     metric::{Kind, MetricDef},
     reconcile::{
         Allowance, Bracket, Cause, Limit, NO_LIMIT, Offset, Reading, Trail,
-        causes::{Moment, Subject},
+        causes::{self, Moment, Subject},
         fit::{Point, Points},
         real, real_difference,
     },
@@ -94,6 +94,8 @@ struct Pending {
     reading: Reading,
     /// By the first cause, the first two, ….
     allowed: Vec<Allowance>,
+    /// Beside all of them, if the other is late or swapped.
+    lately: Allowance,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -176,7 +178,8 @@ impl Pair {
         if self.pending.len() == PENDING {
             self.pending.pop_front();
         }
-        self.pending.push_back(Pending { reading, allowed });
+        let lately = causes::behind_by(moment.lately_backlog_packets, self.def.unit);
+        self.pending.push_back(Pending { reading, allowed, lately });
     }
 
     /// Judges what waits, as far as the reference has been read since.
@@ -216,6 +219,7 @@ impl Pair {
         }
         let other = i128::from(pending.reading.value);
         let everything = pending.allowed.last().copied().unwrap_or(Allowance::NOTHING);
+        let loosely = everything.and(pending.lately);
         let allowed = std::iter::once(&Allowance::NOTHING).chain(&pending.allowed);
         for (track, allowed) in self.tracks.known.iter_mut().zip(allowed) {
             track.add(other, bracket, *allowed);
@@ -229,11 +233,11 @@ impl Pair {
             let later = trail.bracket(earlier(window, lag.saturating_sub(LAG_MARGIN_NS)), self.limit);
             let sooner = trail.bracket(earlier(window, lag + LAG_MARGIN_NS), self.limit);
             if let (Some(sooner), Some(later)) = (sooner, later) {
-                track.add(other, Bracket { low: sooner.low, high: later.high }, everything);
+                track.add(other, Bracket { low: sooner.low, high: later.high }, loosely);
             }
         }
         if let Some(bracket) = beside.swapped.and_then(|t| t.bracket(window, None)) {
-            self.tracks.swapped.add(other, bracket, everything);
+            self.tracks.swapped.add(other, bracket, loosely);
         }
         if let Some(packets) = beside.packets.and_then(|t| t.bracket(window, None)) {
             for (track, bytes) in self.tracks.headers.iter_mut().zip(HEADER_BYTES) {

@@ -512,7 +512,8 @@ pub(super) fn build(of: &Comparison, limit_pct: Option<f64>) -> Report {
         .collect();
     let states = states.into_iter().map(|(_, domain)| domain);
     let mut findings = findings::find(states.zip(&domains));
-    findings.sort_by_key(|f| std::cmp::Reverse(f.verdict == Verdict::Disagree));
+    let place = |cause: &str| Cause::ALL.into_iter().position(|c| c.name() == cause);
+    findings.sort_by_key(|f| (std::cmp::Reverse(f.verdict == Verdict::Disagree), place(&f.cause)));
     Report {
         report: "kvm-monitor comparison",
         version: VERSION,

@@ -215,6 +215,8 @@ pub struct Moment<'a> {
     pub irq: u64,
     /// Packets in the tap's queue, the most of this reading and the one before; `None` if not known.
     pub backlog_packets: Option<u64>,
+    /// The most packets in the tap's queue in the last seconds: what matters if a source is late, or swaps directions.
+    pub lately_backlog_packets: u64,
     /// How often QEMU has stopped the guest so far.
     pub stops: u64,
     /// What the other source says.
@@ -297,10 +299,7 @@ impl Cause {
             }
             Self::OpenWait => Allowance::less(at.in_progress.into()),
             Self::IrqTime => Allowance::less(at.irq.into()),
-            Self::Backlog => {
-                let packets = i128::from(at.backlog_packets.unwrap_or(0));
-                Allowance::less(packets * if to.def.unit == Unit::Bytes { PACKET_BYTES } else { 1 })
-            }
+            Self::Backlog => behind_by(at.backlog_packets.unwrap_or(0), to.def.unit),
             Self::QemuOpen => {
                 Allowance::less(if to.def.unit == Unit::Bytes { OPEN_BYTES } else { OPEN_REQUESTS })
             }
@@ -315,6 +314,12 @@ impl Cause {
             Self::NotKept | Self::EthHeader | Self::Direction | Self::StaleBalloon => Allowance::NOTHING,
         }
     }
+}
+
+/// By how much a tap's queue makes the reference get ahead of other sources, if so many packets wait in it.
+#[must_use]
+pub fn behind_by(packets: u64, unit: Unit) -> Allowance {
+    Allowance::less(i128::from(packets) * if unit == Unit::Bytes { PACKET_BYTES } else { 1 })
 }
 
 /// Whether a source takes the metric from a file in clock ticks. libvirt takes its CPU times from

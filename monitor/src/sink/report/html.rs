@@ -50,6 +50,7 @@ pub(super) fn render(report: &Report) -> String {
     }
     overall(&mut page, report);
     findings(&mut page, report);
+    let _ = writeln!(page, "<p class=\"quiet\">{}</p>", table::COLUMNS.replace('`', ""));
     for (index, domain) in report.domains.iter().enumerate() {
         self::domain(&mut page, domain, index < PLOTTED_DOMAINS);
     }
@@ -108,26 +109,23 @@ fn domain(page: &mut String, domain: &DomainReport, plots: bool) {
         table_head(page, &titles, &(1..5));
         for (cells, note) in truths {
             let cells: Vec<String> = cells.into_iter().chain([note]).collect();
-            table_row(page, &cells, 1..5, ("", ""));
+            table_row(page, &cells, 1..5);
         }
         page.push_str("</tbody></table></div>\n");
     }
     let rows = table::comparison_rows(domain);
     if !rows.is_empty() {
         page.push_str("<h3>Source against source</h3>\n");
-        table_head(page, &table::COMPARISON_TITLES, &(2..7));
-        for row in &rows {
-            let class = match row.verdict {
-                Verdict::Agree => "good",
-                Verdict::Explained => "fine",
-                Verdict::Disagree => "bad",
-                Verdict::NotComparable => "quiet",
-            };
-            table_row(page, &row.cells, 2..7, (class, row.reason));
-        }
-        page.push_str("</tbody></table></div>\n");
+        comparisons(page, &rows);
     }
     let _ = writeln!(page, "<p class=\"quiet\">{}</p>", table::rest(domain));
+    let answers = table::answer_rows(domain);
+    if !answers.is_empty() {
+        page.push_str("<details><summary>One answer per figure</summary>\n");
+        table_head(page, &table::ANSWER_TITLES, &(2..4));
+        answers.iter().for_each(|cells| table_row(page, cells, 2..4));
+        page.push_str("</tbody></table></div></details>\n");
+    }
     if plots {
         page.push_str("<div class=\"plots\">\n");
         domain.entities.iter().for_each(|entity| self::plots(page, entity));
@@ -201,25 +199,46 @@ fn table_head(page: &mut String, titles: &[&str], right: &std::ops::Range<usize>
     page.push_str("</tr></thead><tbody>\n");
 }
 
-fn table_row(
-    page: &mut String,
-    cells: &[String],
-    right: std::ops::Range<usize>,
-    (class, hover): (&str, &str),
-) {
-    let _ = write!(page, "<tr title=\"{}\">", escape(hover));
+fn table_row(page: &mut String, cells: &[String], right: std::ops::Range<usize>) {
+    page.push_str("<tr>");
     for (index, cell) in cells.iter().enumerate() {
-        let last = index + 1 == cells.len();
         let align = if right.contains(&index) { " class=\"n\"" } else { "" };
-        let cell = escape(cell);
-        let cell = if last && !class.is_empty() {
-            format!("<span class=\"tag {class}\">{cell}</span>")
-        } else {
-            cell
-        };
-        let _ = write!(page, "<td{align}>{cell}</td>");
+        let _ = write!(page, "<td{align}>{}</td>", escape(cell));
     }
     page.push_str("</tr>\n");
+}
+
+/// Rows under what they are about; each verdict with its reason.
+fn comparisons(page: &mut String, rows: &[table::Row<'_>]) {
+    table_head(page, &table::COMPARISON_TITLES, &(1..7));
+    let mut group = "";
+    for row in rows {
+        if row.of != group {
+            let columns = table::COMPARISON_TITLES.len();
+            let _ =
+                writeln!(page, "<tr class=\"group\"><th colspan=\"{columns}\">{}</th></tr>", escape(row.of));
+            group = row.of;
+        }
+        let class = match row.verdict {
+            Verdict::Agree => "good",
+            Verdict::Explained => "fine",
+            Verdict::Disagree => "bad",
+            Verdict::NotComparable => "quiet",
+        };
+        let [cells @ .., verdict] = &row.cells;
+        page.push_str("<tr>");
+        for (index, cell) in cells.iter().enumerate() {
+            let align = if index > 0 { " class=\"n\"" } else { "" };
+            let _ = write!(page, "<td{align}>{}</td>", escape(cell));
+        }
+        let _ = writeln!(
+            page,
+            "<td class=\"v\"><span class=\"tag {class}\">{}</span> <small>{}</small></td></tr>",
+            escape(verdict),
+            escape(row.reason)
+        );
+    }
+    page.push_str("</tbody></table></div>\n");
 }
 
 fn list(page: &mut String, title: &str, lines: &[String]) {

@@ -4,7 +4,10 @@ use std::fmt::Write as _;
 
 use super::table;
 use crate::{
-    compare::{Report, report::DomainReport},
+    compare::{
+        Report,
+        report::{DomainReport, Verdict},
+    },
     visible,
 };
 
@@ -24,6 +27,7 @@ pub(super) fn render(report: &Report) -> String {
             let _ = writeln!(text, "- **{}**: {}{}", finding.cause, escape(&finding.sentence), escape(&also));
         }
     }
+    let _ = writeln!(text, "\n{}", table::COLUMNS);
     for domain in &report.domains {
         self::domain(&mut text, domain);
     }
@@ -54,10 +58,40 @@ fn domain(text: &mut String, domain: &DomainReport) {
     }
     let rows = table::comparison_rows(domain);
     if !rows.is_empty() {
-        head(text, &table::COMPARISON_TITLES, 2..7);
-        rows.iter().for_each(|r| row(text, &r.cells));
+        comparisons(text, &rows);
     }
     let _ = writeln!(text, "\n{}", table::rest(domain));
+    let answers = table::answer_rows(domain);
+    if !answers.is_empty() {
+        text.push_str("\n<details><summary>One answer per figure</summary>\n");
+        head(text, &table::ANSWER_TITLES, 2..4);
+        answers.iter().for_each(|cells| row(text, cells));
+        text.push_str("\n</details>\n");
+    }
+}
+
+/// Reasons stand below, once each.
+fn comparisons(text: &mut String, rows: &[table::Row<'_>]) {
+    let titles: Vec<&str> = ["what"].into_iter().chain(table::COMPARISON_TITLES).collect();
+    head(text, &titles, 2..8);
+    let mut reasons: Vec<&str> = Vec::new();
+    for of in rows {
+        let mut cells: Vec<String> = [of.of.to_owned()].into_iter().chain(of.cells.clone()).collect();
+        if of.verdict != Verdict::Agree && !of.reason.is_empty() {
+            let number = reasons.iter().position(|r| *r == of.reason).unwrap_or_else(|| {
+                reasons.push(of.reason);
+                reasons.len() - 1
+            });
+            if let Some(verdict) = cells.last_mut() {
+                verdict.push_str(&format!(" ({})", number + 1));
+            }
+        }
+        row(text, &cells);
+    }
+    text.push('\n');
+    for (index, reason) in reasons.iter().enumerate() {
+        let _ = writeln!(text, "{}. {}", index + 1, escape(reason));
+    }
 }
 
 fn head(text: &mut String, titles: &[&str], right: std::ops::Range<usize>) {

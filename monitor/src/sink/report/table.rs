@@ -13,13 +13,30 @@ use crate::{
 };
 
 /// Titles of [`comparison_rows`].
-pub(super) const COMPARISON_TITLES: [&str; 8] =
-    ["what", "metric", "reference", "other", "difference", "per tick p50 / p99", "unexplained", "verdict"];
+pub(super) const COMPARISON_TITLES: [&str; 8] = [
+    "metric",
+    "reference",
+    "other",
+    "difference",
+    "noticed from",
+    "per tick p50 / p99",
+    "unexplained",
+    "verdict",
+];
+/// What the columns mean, for whoever reads the report for the first time.
+pub(super) const COLUMNS: &str = "Two sources are never read at the same moment, so their figures always differ. `agree`: all readings can be right at \
+     once; a difference larger than `noticed from` would have shown. `explained`: they differ, and named causes account for all \
+     of it. `disagree`: something is left that nothing explains.";
+/// Titles of [`answer_rows`].
+pub(super) const ANSWER_TITLES: [&str; 7] =
+    ["what", "metric", "in all (mean of a gauge)", "per second", "source", "others", "why this source"];
 /// Titles of [`truth_rows`].
 pub(super) const TRUTH_TITLES: [&str; 5] = ["quantity", "truth", "eBPF", "procfs", "libvirt"];
 
 /// One line of the table of comparisons.
 pub(super) struct Row<'a> {
+    /// What it is about: a vCPU, a disk, ….
+    pub(super) of: &'a str,
     pub(super) cells: [String; 8],
     pub(super) verdict: Verdict,
     pub(super) reason: &'a str,
@@ -37,40 +54,82 @@ pub(super) fn comparison_rows(domain: &DomainReport) -> Vec<Row<'_>> {
     rows
 }
 
-fn comparison_row<'a>(label: &str, metric: &MetricReport, of: &'a ComparisonReport) -> Row<'a> {
+fn comparison_row<'a>(of: &'a str, metric: &MetricReport, found: &'a ComparisonReport) -> Row<'a> {
     let unit = metric.of;
-    let share = of.difference_pct.filter(|p| *p != 0.0).map(|p| format!(" ({})", signed(percent(p))));
-    let causes: Vec<&str> = of.explained.iter().map(|e| e.cause).collect();
-    let verdict = match of.verdict {
+    let difference = amount(found.difference, unit);
+    let share = found.difference_pct.filter(|p| *p != 0.0 && difference != amount(0.0, unit));
+    let share = share.map_or(String::new(), |p| format!(" ({})", signed(percent(p))));
+    let causes: Vec<&str> = found.explained.iter().map(|e| e.cause).collect();
+    let verdict = match found.verdict {
         Verdict::Explained if !causes.is_empty() => format!("explained: {}", causes.join(", ")),
-        Verdict::Disagree => match of.looks_like {
+        Verdict::Disagree => match found.looks_like {
             Some(looks) => format!("DISAGREE: {looks}"),
             None => "DISAGREE".to_owned(),
         },
         verdict => verdict.name().to_owned(),
     };
-    let reference = match of.reference_metric {
-        Some(name) => format!("{} {name} {}", of.reference, amount(of.reference_total, unit)),
-        None => format!("{} {}", of.reference, amount(of.reference_total, unit)),
+    let reference = match found.reference_metric {
+        Some(name) => format!("{} {name} {}", found.reference, amount(found.reference_total, unit)),
+        None => format!("{} {}", found.reference, amount(found.reference_total, unit)),
     };
-    let nothing = of.ticks == 0;
+    let nothing = found.ticks == 0;
     let or_dash = |text: String| if nothing { "-".to_owned() } else { text };
-    let unexplained = if of.verdict == Verdict::NotComparable {
+    let unexplained = if found.verdict == Verdict::NotComparable {
         "-".to_owned()
     } else {
-        format!("{}{}", amount(of.unexplained, unit), pct_beside(of.unexplained, of.unexplained_pct))
+        format!("{}{}", amount(found.unexplained, unit), pct_beside(found.unexplained, found.unexplained_pct))
     };
+    let noticed = match found.noticed_from {
+        Some(0.0) => "any".to_owned(),
+        Some(from) => amount(from, unit),
+        None => "-".to_owned(),
+    };
+    let per_tick = &found.per_tick;
     let cells = [
-        label.to_owned(),
         metric.metric.to_owned(),
         or_dash(reference),
-        format!("{} {}", of.other, amount(of.other_total, unit)),
-        or_dash(format!("{}{}", signed(amount(of.difference, unit)), share.unwrap_or_default())),
-        or_dash(format!("{} / {}", amount(real(of.per_tick.p50), unit), amount(real(of.per_tick.p99), unit))),
+        format!("{} {}", found.other, amount(found.other_total, unit)),
+        or_dash(format!("{}{share}", signed(difference))),
+        or_dash(noticed),
+        or_dash(format!("{} / {}", amount(real(per_tick.p50), unit), amount(real(per_tick.p99), unit))),
         unexplained,
         verdict,
     ];
-    Row { cells, verdict: of.verdict, reason: &of.reason }
+    Row { of, cells, verdict: found.verdict, reason: &found.reason }
+}
+
+/// One answer per figure of a domain.
+pub(super) fn answer_rows(domain: &DomainReport) -> Vec<[String; 7]> {
+    let figures = domain.entities.iter().flat_map(|e| e.metrics.iter().map(|m| (e.label.as_str(), m)));
+    figures.map(|(label, metric)| answer_row(label, metric)).collect()
+}
+
+fn answer_row(label: &str, metric: &MetricReport) -> [String; 7] {
+    let answer = &metric.answer;
+    let rate = |value: f64| match metric.of {
+        Unit::Nanoseconds => percent(value / 1e7),
+        Unit::Bytes => grouped(value),
+        Unit::Count if value < 1_000.0 => format!("{value:.3}"),
+        Unit::Count => grouped(value),
+    };
+    let per_s = answer.per_s.map_or("-".to_owned(), |[low, _, high]| match (rate(low), rate(high)) {
+        (low, high) if low == high => low,
+        (low, high) => format!("{low} – {high}"),
+    });
+    let others = match answer.agreement {
+        "agree" => "agree",
+        "disagree" => "DISAGREE",
+        _ => "none",
+    };
+    [
+        label.to_owned(),
+        metric.metric.to_owned(),
+        amount(answer.total, metric.of),
+        per_s,
+        answer.source.to_owned(),
+        others.to_owned(),
+        answer.why.clone(),
+    ]
 }
 
 fn pct_beside(amount: f64, pct: f64) -> String {

@@ -24,6 +24,7 @@ pub(super) fn render(report: &Report) -> String {
     }
     line(&mut text, &table::overall(report));
     findings(&mut text, report);
+    let _ = writeln!(text, "\n{}", table::COLUMNS.replace('`', "'"));
     for domain in report.domains.iter().take(SHOWN) {
         self::domain(&mut text, domain);
     }
@@ -69,45 +70,43 @@ fn domain(text: &mut String, domain: &DomainReport) {
     if !truths.is_empty() {
         let rows: Vec<Vec<String>> = truths.iter().map(|(cells, _)| cells.to_vec()).collect();
         let notes: Vec<&str> = truths.iter().map(|(_, note)| note.as_str()).collect();
-        columns(text, &table::TRUTH_TITLES, &rows, &notes);
+        columns(text, &table::TRUTH_TITLES, (&rows, &[]), &notes);
         text.push('\n');
     }
     let rows = table::comparison_rows(domain);
     if !rows.is_empty() {
         let cells: Vec<Vec<String>> = rows.iter().map(|r| r.cells.to_vec()).collect();
         let notes: Vec<&str> =
-            rows.iter()
-                .map(|r| {
-                    if matches!(r.verdict, Verdict::NotComparable | Verdict::Disagree) {
-                        r.reason
-                    } else {
-                        ""
-                    }
-                })
-                .collect();
-        columns(text, &table::COMPARISON_TITLES, &cells, &notes);
+            rows.iter().map(|r| if r.verdict == Verdict::Agree { "" } else { r.reason }).collect();
+        let groups: Vec<&str> = rows.iter().map(|r| r.of).collect();
+        columns(text, &table::COMPARISON_TITLES, (&cells, &groups), &notes);
     }
     let _ = writeln!(text, "  {}", table::rest(domain));
 }
 
-/// Aligned columns, the first two to the left; notes stand below, once each.
-fn columns(text: &mut String, titles: &[&str], rows: &[Vec<String>], notes: &[&str]) {
+/// Aligned columns, the first (and the last of many) to the left, under the groups they belong to; notes stand below,
+/// once each.
+fn columns(text: &mut String, titles: &[&str], (rows, groups): (&[Vec<String>], &[&str]), notes: &[&str]) {
     let last = titles.len() - 1;
     let width = |column: usize| {
         let cells = rows.iter().map(|cells| cells[column].chars().count());
         cells.max().unwrap_or(0).max(titles[column].chars().count())
     };
     let widths: Vec<usize> = (0..titles.len()).map(width).collect();
-    let mut known: Vec<&str> = Vec::new();
+    let (mut known, mut group): (Vec<&str>, &str) = (Vec::new(), "");
     let titles: Vec<String> = titles.iter().map(|t| (*t).to_owned()).collect();
     for (index, cells) in std::iter::once(&titles).chain(rows).enumerate() {
-        let mut line = String::from(" ");
+        if let Some(of) = index.checked_sub(1).and_then(|i| groups.get(i)).filter(|of| **of != group) {
+            line(text, &format!("  {of}"));
+            group = of;
+        }
+        let mut row = String::from(if groups.is_empty() { " " } else { "   " });
         for (column, cell) in cells.iter().enumerate() {
             let pad = " ".repeat(widths[column] - cell.chars().count());
-            let left = column < 2 && last > 4 || column == 0 || column == last && last > 4;
-            line.push(' ');
-            line.push_str(&if left { format!("{cell}{pad}") } else { format!("{pad}{cell}") });
-            line.push(' ');
+            let left = column == 0 || column == last && last > 4;
+            row.push(' ');
+            row.push_str(&if left { format!("{cell}{pad}") } else { format!("{pad}{cell}") });
+            row.push(' ');
         }
         let note = index.checked_sub(1).map_or("", |i| notes[i]);
         if !note.is_empty() {
@@ -115,12 +114,11 @@ fn columns(text: &mut String, titles: &[&str], rows: &[Vec<String>], notes: &[&s
                 known.push(note);
                 known.len() - 1
             });
-            let _ = write!(line, " [{}]", number + 1);
+            let _ = write!(row, " [{}]", number + 1);
         }
-        text.push_str(&visible(line.trim_end()));
-        text.push('\n');
+        line(text, row.trim_end());
     }
     for (index, note) in known.iter().enumerate() {
-        let _ = writeln!(text, "  [{}] {}", index + 1, visible(note));
+        line(text, &format!("  [{}] {note}", index + 1));
     }
 }
