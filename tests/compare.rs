@@ -361,6 +361,75 @@ fn disks_whose_host_and_guest_side_differ_by_nature() {
 }
 
 #[test]
+fn a_flush_when_the_guest_is_stopped_is_qemus_own() {
+    let stop = 60 * SECOND;
+    let flushed = || both("disks", "fl_req", move |at| u64::from(at > stop), |_| 0);
+    let written = || both("disks", "wr_req", sent, sent);
+    let head = [session(), domain("raw", "bridge")];
+    let found = report_of(&lines(&head, &[flushed(), written()], &json!({})), None);
+    assert_eq!(finding(&found, "qemu_flush").verdict, Verdict::Explained);
+    // But not any number of them.
+    let often = both("disks", "fl_req", move |at| 4 * u64::from(at > stop), |_| 0);
+    let mut lines = lines(&head, &[often, written()], &json!({}));
+    let verdict = |lines: &[String]| comparison(&report_of(lines, None), "fl_req", "libvirt").verdict;
+    assert_eq!(verdict(&lines), Verdict::Disagree);
+    let paused =
+        json!({"type": "event", "kind": "paused", "domain": {"uuid": UUID, "name": "web1"}, "detail": ""});
+    for _ in 0..3 {
+        lines.insert(20, type_first(&paused));
+    }
+    assert_eq!(verdict(&lines), Verdict::Explained);
+}
+
+#[test]
+fn a_wait_that_libvirt_reads_is_counted_twice_by_ceilometer() {
+    let wait = |at: u64| run(at) / 2;
+    let report = report(vec![
+        both("vcpus", "run_ns", run, run),
+        both("vcpus", "wait_ns", wait, wait),
+        Figure { libvirt: says(wait), ..figure("vcpus", "libvirt_wait_ns") },
+    ]);
+    let found = finding(&report, "ceilometer_wait");
+    assert!(found.sentence.contains("not using one: 50.") && found.amount > 1e9, "{found:?}");
+    assert!(report.findings.iter().all(|f| f.cause != "not_kept"), "{:#?}", report.findings);
+}
+
+#[test]
+fn packets_cut_for_the_wire_are_segmentation_offload() {
+    let report = report(vec![
+        both("interfaces", "tx_packets", sent, sent),
+        Figure { ebpf: says(|at| 3 * sent(at)), ..figure("interfaces", "tx_wire_packets") },
+    ]);
+    let found = finding(&report, "gso");
+    let total = f64::from(u32::try_from(sent(SECONDS * SECOND)).unwrap());
+    assert!((found.amount / (2.0 * total) - 1.0).abs() < 0.05, "{found:?}");
+}
+
+#[test]
+fn what_the_page_cache_absorbs_is_the_difference_to_the_device() {
+    if !monitor::metric::Scope::Disk.metrics().iter().any(|d| d.name == "device_wr_bytes") {
+        return; // A figure that this version does not have.
+    }
+    let report = report(vec![
+        Figure { ebpf: says(bytes), ..figure("disks", "wr_bytes") },
+        Figure { ebpf: says(|at| bytes(at) / 4), ..figure("disks", "device_wr_bytes") },
+    ]);
+    assert!(finding(&report, "cache_absorbed").amount < 0.0);
+}
+
+#[test]
+fn the_threads_beside_the_vcpus_are_named() {
+    let report = report(vec![
+        Figure { ebpf: says(run), ..figure("cpu", "vcpu_run_ns") },
+        Figure { ebpf: says(|at| at / 100), ..figure("cpu", "vhost_run_ns") },
+        Figure { ebpf: says(|at| at / 50), ..figure("cpu", "emulator_run_ns") },
+        Figure { libvirt: says(|at| run(at) + at / 50 + at / 100), ..figure("cpu", "time_ns") },
+    ]);
+    let sentence = &finding(&report, "emulator_included").sentence;
+    assert!(sentence.ends_with("Of it, the emulator 2.380 s, vhost 1.190 s."), "{sentence}");
+}
+
+#[test]
 fn old_memory_reports_are_said_to_be_old() {
     let head = [session(), domain("raw", "bridge")];
     let figures = [Figure { libvirt: says(|_| 1 << 30), ..figure("memory", "available_bytes") }];
@@ -482,6 +551,36 @@ fn truth_is_one_more_column() {
     assert_eq!(claims.iter().map(|c| c.source).collect::<Vec<_>>(), ["ebpf", "libvirt"]);
     assert!(claims[0].difference.abs() < 1e-9, "{claims:?}");
     assert!(render(&report, Format::Text).contains("received packets"));
+}
+
+#[test]
+fn a_source_that_is_wrong_about_a_truth_is_a_finding_and_exceeds_the_limit() {
+    let truth = |value, between_ns| Truth {
+        domain: "web1".into(),
+        scope: "interfaces".into(),
+        entity: "tap1".into(),
+        metrics: vec!["rx_packets".into()],
+        quantity: "received packets".into(),
+        between_ns,
+        value,
+        ..Truth::default()
+    };
+    let report = |truth: Truth| {
+        let mut feed = Feed::new(vec![truth], Vec::new());
+        good().iter().for_each(|line| feed.push(format!("{line}\n").as_bytes()));
+        feed.finish(Some(1.0))
+    };
+    // Second 45 to 47: nothing happens before second 47 of each nine, nor in the two before.
+    let span = Some([45 * SECOND + SECOND / 2, 55 * SECOND + SECOND / 2]);
+    let really = packets(55 * SECOND) - packets(46 * SECOND);
+    let right = report(truth(really, span));
+    assert!(!right.summary.exceeded && right.findings.is_empty(), "{:?}", right.findings);
+    assert_eq!(right.summary.truth.map(|t| (t.claims, t.right)), Some((2, 2)));
+    let wrong = report(truth(really + 100, span));
+    assert!(wrong.summary.exceeded && wrong.summary.compared > 0);
+    let found = finding(&wrong, "against_truth");
+    assert_eq!((found.verdict, found.amount), (Verdict::Disagree, -100.0));
+    assert!(render(&wrong, Format::Text).contains("too little"));
 }
 
 // The program itself.

@@ -108,7 +108,12 @@ fn between_host_and_guest(
     let moment = Moment { backlog_packets, stops: known.stops, ..Moment::default() };
     let mut sum = Allowance::NOTHING;
     let mut causes = Vec::new();
-    let ours = |cause: &Cause| source == SourceKind::Ebpf || *cause == Cause::Backlog;
+    let ours = |cause: &Cause| match cause {
+        Cause::Backlog => true,
+        // An image is opened before anything is known to begin.
+        Cause::QemuOpen => source == SourceKind::Ebpf && watch.truth.between_ns.is_none(),
+        _ => source == SourceKind::Ebpf,
+    };
     for cause in HOST_AND_GUEST.into_iter().filter(|c| c.applies(&subject) && ours(c)) {
         let more = cause.allows(&subject, &moment);
         sum = sum.and(more);

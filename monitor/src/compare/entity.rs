@@ -103,11 +103,12 @@ struct Progress {
     most: u64,
 }
 
-/// The most packets that waited in a tap's queue in the last seconds.
+/// The most packets that waited in a tap's queue in the last seconds: of this span of time, and of the one before.
 #[derive(Clone, Copy, Debug, Default)]
 struct Lately {
-    packets: u64,
-    at_ns: u64,
+    since_ns: u64,
+    now: u64,
+    before: u64,
 }
 
 impl Lately {
@@ -115,9 +116,14 @@ impl Lately {
     const SPAN_NS: u64 = 10_000_000_000;
 
     fn add(&mut self, packets: u64, at_ns: u64) {
-        if packets >= self.packets || at_ns.saturating_sub(self.at_ns) > Self::SPAN_NS {
-            *self = Self { packets, at_ns };
+        if at_ns.saturating_sub(self.since_ns) > Self::SPAN_NS {
+            *self = Self { since_ns: at_ns, now: 0, before: self.now };
         }
+        self.now = self.now.max(packets);
+    }
+
+    fn most(self) -> u64 {
+        self.now.max(self.before)
     }
 }
 
@@ -221,7 +227,7 @@ impl Entity {
             let source = if pair.reference == SourceKind::Ebpf { pair.other } else { SourceKind::Libvirt };
             let moment = Moment {
                 irq,
-                lately_backlog_packets: self.lately.packets,
+                lately_backlog_packets: self.lately.most(),
                 stops: around.stops,
                 backlog_packets: most_backlog,
                 value: row.values[pair.def.metric.index_in_scope()][pair.other as usize].unwrap_or(0),
@@ -510,5 +516,21 @@ impl Figures {
 
     fn end_of_counter(&mut self) {
         (self.first, self.last) = (None, None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Lately;
+
+    #[test]
+    fn a_queue_that_was_long_is_remembered_for_a_while() {
+        let mut lately = Lately::default();
+        let most =
+            [(1, 5), (8, 478), (12, 0), (17, 299), (23, 0), (35, 0), (46, 0)].map(|(second, packets)| {
+                lately.add(packets, (100 + second) * 1_000_000_000);
+                lately.most()
+            });
+        assert_eq!(most, [5, 478, 478, 478, 299, 0, 0]);
     }
 }

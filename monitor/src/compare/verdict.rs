@@ -59,6 +59,11 @@ pub(super) fn judge(pair: &Pair, known: Known) -> Judgement {
             explained.push(Explained { cause: cause.name(), amount: taken });
         }
     }
+    // Where the source keeps the figure, the two are one.
+    let kept = pair.relation == Some(Cause::NotKept) && pair.other_total > 0.0;
+    if kept {
+        explained.clear();
+    }
     let judgement = |verdict, reason| Judgement {
         verdict,
         explained: explained.clone(),
@@ -70,7 +75,7 @@ pub(super) fn judge(pair: &Pair, known: Known) -> Judgement {
     if pair.ticks == 0 {
         return judgement(Verdict::NotComparable, "the sources were not both read at least twice".to_owned());
     }
-    if let Some(relation) = pair.relation {
+    if let Some(relation) = pair.relation.filter(|_| !kept) {
         if pair.other_total == 0.0 && pair.reference_total == 0.0 {
             return judgement(Verdict::Agree, "nothing happened".to_owned());
         }
@@ -87,7 +92,7 @@ pub(super) fn judge(pair: &Pair, known: Known) -> Judgement {
         if !queued && let Some(found) = hidden(pair, real_of(left.slack.unwrap_or(0))) {
             return Judgement { explained, ..found };
         }
-        return no_contradiction(pair, real_of(first) <= tolerated, judgement);
+        return no_contradiction(pair, kept || real_of(first) <= tolerated, judgement);
     }
     if let Some(headers) = left.headers
         && let Some((_, bytes)) = smallest(&headers, &HEADER_BYTES, last)

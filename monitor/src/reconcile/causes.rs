@@ -257,7 +257,8 @@ impl Cause {
             // With direct I/O, reads by which QEMU opens the image are told apart (`qemu_open_req`).
             Self::QemuOpen => {
                 let direct = matches!(to.image_cache, Some("none" | "directsync"));
-                host_and_guest && matches!(def.name, "rd_req" | "rd_bytes") && !direct
+                let read = host_and_guest && matches!(def.name, "rd_req" | "rd_bytes");
+                read && !direct && !Self::Qcow2Metadata.applies(to)
             }
             Self::QemuFlush => host_and_guest && matches!(def.name, "fl_req" | "fl_time_ns"),
             Self::FlushElided => host_and_guest && matches!(def.name, "fl_req" | "fl_time_ns"),
