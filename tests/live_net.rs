@@ -11,12 +11,14 @@
 use std::{
     io::{BufRead as _, BufReader, Write as _},
     net::SocketAddr,
+    path::Path,
     process::Stdio,
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
 use lab::tap::{NetSpace, RawTap, VnetHeader, frame, tcp_with_segments};
-use lab::{GuestSpec, Lab, LabDirs, NicSpec, UdpSink, Which, send_datagrams};
+use lab::{GuestSpec, Lab, LabDirs, NicBackend, NicSpec, UdpSink, Which, send_datagrams};
 use monitor::{
     source::ebpf::{Bursts, DeviceTraffic, DropPlace, Ebpf, NicSlot, probes::ProbeGroup},
     units::{MonotonicNs, NicKey},
@@ -210,12 +212,148 @@ fn queues_add_up_and_devices_are_told_apart() {
     assert_eq!(read(&mut ebpf, &other).receive.packets, 9);
 }
 
-/// A real guest sends and receives an exact number of datagrams; then it is suspended while more are sent.
+/// A queueing discipline in front of the tap that lets little through, and a filter on the tap that lets nothing.
+#[test]
+fn drops_of_a_queueing_discipline_and_of_a_filter_are_told_apart() {
+    const PACKETS: u64 = 60;
+    let mut ebpf = open();
+    let space = NetSpace::new().unwrap();
+    let tap = RawTap::open(&space, "tap0", 1, VnetHeader::No).unwrap();
+    let slot = ebpf.watch(key(&space, "tap0"), 0).unwrap();
+    let socket = space.frame_socket("tap0", VnetHeader::No).unwrap();
+    let packet = frame(GUEST, HOST, 1000);
+    // 8 kbit/s: two packets at once, four wait, which takes seconds.
+    let limits = "qdisc replace dev tap0 root tbf rate 8kbit burst 2000 limit 4000";
+    space.tc(&limits.split(' ').collect::<Vec<_>>()).unwrap();
+    let refused = (0..PACKETS).filter(|_| socket.send(&packet).is_err()).count() as u64;
+    let traffic = read(&mut ebpf, &slot);
+    println!("{refused} of {PACKETS} refused: {traffic:?}");
+    let [drops] = traffic.drops.as_deref().unwrap() else { panic!("one place and one reason") };
+    assert_eq!((drops.place, drops.packets), (DropPlace::Before, refused));
+    let reason = ebpf.drop_reason(drops.reason);
+    assert!(["QDISC_DROP", "QDISC_OVERLIMIT"].contains(&reason.as_str()), "{reason}");
+    assert!(refused > PACKETS / 2 && traffic.xmit.packets <= PACKETS - refused);
+    assert_eq!(traffic.refused, 0, "the driver refused nothing");
+
+    space.tc(&["qdisc", "del", "dev", "tap0", "root"]).unwrap();
+    let before = read(&mut ebpf, &slot);
+    let dropped_before = space.counters("tap0").unwrap().tx_dropped;
+    tap.filter_everything().unwrap();
+    (0..PACKETS).for_each(|_| drop(socket.send(&packet)));
+    let after = read(&mut ebpf, &slot);
+    println!("filtered: {after:?}");
+    assert_eq!(after.xmit, before.xmit, "nothing got through");
+    assert_eq!(after.refused, PACKETS);
+    assert_eq!(space.counters("tap0").unwrap().tx_dropped - dropped_before, PACKETS);
+    let reasons = after.drops.unwrap();
+    let filtered = reasons.iter().find(|d| ebpf.drop_reason(d.reason).contains("FILTER")).unwrap();
+    assert_eq!((filtered.place, filtered.packets), (DropPlace::Device, PACKETS));
+}
+
+/// Tags count: those in a packet, and those that the driver puts in, where this kernel has VLAN devices.
+#[test]
+fn bytes_include_vlan_tags_as_the_devices_own_do() {
+    let mut ebpf = open();
+    let space = NetSpace::new().unwrap();
+    let tap = RawTap::open(&space, "tap0", 1, VnetHeader::No).unwrap();
+    let slot = ebpf.watch(key(&space, "tap0"), 0).unwrap();
+    let socket = space.frame_socket("tap0", VnetHeader::No).unwrap();
+    let (mut to_guest, mut to_host) = (frame(GUEST, HOST, 500), frame(HOST, GUEST, 600));
+    for tagged in [&mut to_guest, &mut to_host] {
+        tagged[12..16].copy_from_slice(&[0x81, 0, 0, 5]);
+    }
+    let mut buffer = [0; 2048];
+    let (mut truth, count) = ([0, 0], 30);
+    for _ in 0..count {
+        socket.send(&to_guest).unwrap();
+        truth[0] += tap.receive(&mut buffer).unwrap() as u64;
+        tap.send(&to_host).unwrap();
+        truth[1] += to_host.len() as u64;
+    }
+    match space.ip(&"link add link tap0 name vlan5 type vlan id 5".split(' ').collect::<Vec<_>>()) {
+        Ok(()) => {
+            space.ip(&["link", "set", "vlan5", "up"]).unwrap();
+            let untagged = space.frame_socket("vlan5", VnetHeader::No).unwrap();
+            for _ in 0..count {
+                untagged.send(&frame(GUEST, HOST, 700)).unwrap();
+                let length = tap.receive(&mut buffer).unwrap();
+                assert_eq!((length, &buffer[12..16]), (704, &[0x81, 0, 0, 5][..]));
+                truth[0] += length as u64;
+            }
+        }
+        Err(error) => println!("this kernel has no VLAN devices: {error}"),
+    }
+    let (traffic, kernel) = (read(&mut ebpf, &slot), space.counters("tap0").unwrap());
+    println!("truth {truth:?}, ebpf {traffic:?}");
+    assert_eq!([traffic.xmit.bytes, traffic.receive.bytes], truth);
+    assert_eq!([kernel.tx_bytes, kernel.rx_bytes], truth);
+}
+
+/// What passes while a device begins to be watched is counted or not, never twice.
+#[test]
+fn a_device_that_is_watched_while_packets_flow_misses_none_and_counts_none_twice() {
+    let mut ebpf = open();
+    let space = NetSpace::new().unwrap();
+    let tap = RawTap::open(&space, "tap0", 1, VnetHeader::No).unwrap();
+    let socket = space.frame_socket("tap0", VnetHeader::No).unwrap();
+    let (to_guest, to_host) = (frame(GUEST, HOST, 300), frame(HOST, GUEST, 400));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let flow = scope.spawn(|| {
+            let mut buffer = [0; 2048];
+            while !stop.load(Ordering::Relaxed) {
+                socket.send(&to_guest).unwrap();
+                assert!(tap.receive(&mut buffer).is_some());
+                tap.send(&to_host).unwrap();
+            }
+        });
+        let count = |c: lab::tap::DeviceCounters| [c.tx_packets, c.rx_packets, c.tx_bytes, c.rx_bytes];
+        let watched = (0..20).map(|round| {
+            let before = count(space.counters("tap0").unwrap());
+            let slot = ebpf.watch(key(&space, "tap0"), 0).unwrap();
+            let after = count(space.counters("tap0").unwrap());
+            if round < 19 {
+                ebpf.unwatch(slot);
+                return None;
+            }
+            Some((slot, before, after))
+        });
+        let (slot, before, after) = watched.last().flatten().unwrap();
+        while space.counters("tap0").unwrap().tx_packets < after[0] + 20_000 {}
+        stop.store(true, Ordering::Relaxed);
+        flow.join().unwrap();
+        let end = count(space.counters("tap0").unwrap());
+        let traffic = read(&mut ebpf, &slot);
+        let (xmit, receive) = (traffic.xmit, traffic.receive);
+        let counted = [xmit.packets, receive.packets, xmit.bytes, receive.bytes];
+        println!("before {before:?}, after {after:?}, in the end {end:?}; counted {counted:?}");
+        for (i, counted) in counted.into_iter().enumerate() {
+            assert!((end[i] - after[i]..=end[i] - before[i]).contains(&counted), "{i}: {counted}");
+        }
+        assert_eq!(xmit.wire_packets, Some(xmit.packets), "nothing was to be segmented");
+    });
+}
+
 #[test]
 fn a_real_guest_is_counted_alike_by_all_sources() {
+    guest_is_counted_alike(NicBackend::Qemu);
+}
+
+/// The same with the kernel moving the packets, where it can.
+#[test]
+fn a_real_guest_with_vhost_is_counted_alike_by_all_sources() {
+    if Path::new("/dev/vhost-net").exists() {
+        guest_is_counted_alike(NicBackend::Vhost);
+    } else {
+        println!("this kernel has no vhost-net: `cargo xtask lab` tries it on others");
+    }
+}
+
+/// A real guest sends and receives an exact number of datagrams; then it is suspended while more are sent.
+fn guest_is_counted_alike(backend: NicBackend) {
     const PATIENCE: Duration = Duration::from_secs(90);
     let lab = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
-    let nic = NicSpec::new("tap-n", 9);
+    let nic = NicSpec { backend, ..NicSpec::new("tap-n", 9) };
     let script = format!("{} wait udp=10.77.9.1:5000x1000x512B udprx=5001x3s end=idle", nic.net_step("eth0"));
     let guest = lab.boot(&GuestSpec { nics: vec![nic.clone()], ..GuestSpec::new("net", &script) }).unwrap();
     let _sink = UdpSink::start(&lab, 5000).unwrap();

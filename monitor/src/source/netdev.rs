@@ -2,13 +2,16 @@
 //!
 //! Counters come from `/proc/PID/net/dev`, which shows the network namespace of that process and, unlike netlink, takes
 //! no lock that somebody may hold for long. Devices of other namespaces are looked up by a thread that enters them
-//! (`setns(2)`, CAP_SYS_ADMIN). Knows no domain and no output.
+//! (`setns(2)`, CAP_SYS_ADMIN). A name says little: a tap can be moved to another namespace, or be deleted and its name
+//! given to another VM's. So a tap is looked up through the file by which QEMU holds it (`pidfd_getfd(2)`, Linux 5.6, and
+//! `TUNGETDEVNETNS`, 5.7) where that is possible. Knows no domain and no output.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
-    io::{self, Read as _},
+    io::{self, Read as _, Seek as _},
     os::{
-        fd::{AsFd, AsRawFd as _, OwnedFd},
+        fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::fs::MetadataExt as _,
     },
     path::{Path, PathBuf},
@@ -16,6 +19,7 @@ use std::{
 
 use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, netdevice},
+    process::{Pid, PidfdFlags, PidfdGetfdFlags},
     thread::LinkNameSpaceType,
 };
 
@@ -52,22 +56,82 @@ pub struct Devices {
     own: Option<u32>,
     /// Any socket does for asking about devices of this process's own namespace.
     socket: Option<OwnedFd>,
+    /// Namespaces of taps that are neither our own nor that of their QEMU.
+    others: BTreeMap<u32, OwnedFd>,
+}
+
+/// What the files of a QEMU process say of a tap.
+enum Held {
+    /// It holds the tap.
+    Device(Device),
+    /// It holds taps, and this is none of them.
+    Another,
+    /// Nothing.
+    Unknown,
 }
 
 impl Devices {
     /// `root` is `/proc`.
     #[must_use]
     pub fn new(root: &Path) -> Self {
-        Self { own: namespace(&root.join("self/ns/net")), root: root.to_owned(), socket: socket().ok() }
+        Self {
+            own: namespace(&root.join("self/ns/net")),
+            root: root.to_owned(),
+            socket: socket().ok(),
+            others: BTreeMap::new(),
+        }
     }
 
-    /// Finds a device by name: in the namespace of its QEMU, or else in our own, where libvirt makes taps.
-    #[must_use]
-    pub fn find(&self, process: Option<QemuProcess>, name: &str) -> Option<Device> {
+    /// Finds the device of that name: a tap where its QEMU holds it, else in the namespace of its QEMU, or else in our
+    /// own, where libvirt makes taps.
+    pub fn find(&mut self, process: Option<QemuProcess>, name: &str) -> Option<Device> {
         let its = process.and_then(|process| self.in_namespace_of(process, |socket| device(socket, name)));
-        let (netns, (ifindex, kind)) =
-            its.or_else(|| Some((self.own?, device(self.socket.as_ref()?, name)?)))?;
+        let named = its.or_else(|| Some((self.own?, device(self.socket.as_ref()?, name)?)));
+        let named = named.map(|(netns, (ifindex, kind))| Device { key: NicKey { netns, ifindex }, kind });
+        if named.is_some_and(|device| device.kind != DeviceKind::Tap) {
+            return named;
+        }
+        match process.map_or(Held::Unknown, |process| self.held(process, name)) {
+            Held::Device(device) => Some(device),
+            Held::Another => None,
+            Held::Unknown => named,
+        }
+    }
+
+    fn held(&mut self, process: QemuProcess, name: &str) -> Held {
+        let dir = self.root.join(process.tgid.to_string());
+        let files = tun_files(&dir);
+        if files.is_empty() {
+            return Held::Unknown;
+        }
+        let Some((number, _)) = files.into_iter().find(|(_, tap)| tap == name) else { return Held::Another };
+        let found =
+            namespace_of_tap(process, number).and_then(|inside| self.device_in(process, inside, name));
+        found.map_or(Held::Unknown, Held::Device)
+    }
+
+    /// The device of that name in a namespace, which is remembered if it is one that we could not get at again.
+    fn device_in(&mut self, process: QemuProcess, inside: OwnedFd, name: &str) -> Option<Device> {
+        let netns = u32::try_from(rustix::fs::fstat(&inside).ok()?.st_ino).ok()?;
+        let (ifindex, kind) = if self.own == Some(netns) {
+            device(self.socket.as_ref()?, name)?
+        } else {
+            let found = enter(&inside, |socket| device(socket, name))?;
+            if self.netns_of(process) != Some(netns) {
+                self.others.insert(netns, inside);
+            }
+            found
+        };
         Some(Device { key: NicKey { netns, ifindex }, kind })
+    }
+
+    fn netns_of(&self, process: QemuProcess) -> Option<u32> {
+        namespace(&self.root.join(process.tgid.to_string()).join("ns/net"))
+    }
+
+    /// Lets go of namespaces that have no device of ours any more.
+    pub fn keep(&mut self, needed: impl Fn(u32) -> bool) {
+        self.others.retain(|netns, _| needed(*netns));
     }
 
     /// Finds a device by its index in the namespace of its QEMU.
@@ -83,6 +147,9 @@ impl Devices {
         if Some(key.netns) == self.own {
             return netdevice::index_to_name(self.socket.as_ref()?, key.ifindex).ok();
         }
+        if let Some(other) = self.others.get(&key.netns) {
+            return enter(other, |socket| netdevice::index_to_name(socket, key.ifindex).ok());
+        }
         let (netns, name) =
             self.in_namespace_of(process?, |socket| netdevice::index_to_name(socket, key.ifindex).ok())?;
         (netns == key.netns).then_some(name)
@@ -94,11 +161,28 @@ impl Devices {
         self.own != Some(netns)
     }
 
-    /// The file with the counters of a namespace, given a process that lives in it.
+    /// The table with the counters of a namespace, given a process that lives in it or holds a tap in it.
+    #[must_use]
+    pub fn counters(&self, netns: u32, process: QemuProcess) -> CounterTable {
+        let path = self.counters_file(netns, process);
+        let file = self
+            .others
+            .get(&netns)
+            .and_then(|other| enter(other, |_| File::open(self.root.join("thread-self/net/dev")).ok()));
+        CounterTable { file, ..CounterTable::new(netns, path) }
+    }
+
+    /// The file that [`Devices::counters`] reads.
     #[must_use]
     pub fn counters_file(&self, netns: u32, process: QemuProcess) -> PathBuf {
-        let pid = if self.own == Some(netns) { "self".to_owned() } else { process.tgid.to_string() };
-        self.root.join(pid).join("net/dev")
+        let whose = if self.own == Some(netns) {
+            "self".to_owned()
+        } else if self.others.contains_key(&netns) {
+            format!("net:[{netns}]") // Names what no path leads to.
+        } else {
+            process.tgid.to_string()
+        };
+        self.root.join(whose).join("net/dev")
     }
 
     fn in_namespace_of<T: Send>(
@@ -112,16 +196,36 @@ impl Devices {
             return Some((netns, ask(self.socket.as_ref()?)?));
         }
         let file = File::open(link).ok()?;
-        let answer = std::thread::scope(|scope| {
-            let inside = scope.spawn(|| {
-                rustix::thread::move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
-                    .ok()?;
-                ask(&socket().ok()?)
-            });
-            inside.join().ok()?
-        });
-        Some((netns, answer?))
+        Some((netns, enter(&file, ask)?))
     }
+}
+
+/// Asks about devices of a network namespace, on a thread that enters it.
+fn enter<T: Send>(
+    namespace: &(impl AsFd + Sync),
+    ask: impl FnOnce(&OwnedFd) -> Option<T> + Send,
+) -> Option<T> {
+    std::thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            let kind = Some(LinkNameSpaceType::Network);
+            rustix::thread::move_into_link_name_space(namespace.as_fd(), kind).ok()?;
+            ask(&socket().ok()?)
+        });
+        inside.join().ok()?
+    })
+}
+
+/// The network namespace of the tap that a process holds by a file.
+fn namespace_of_tap(process: QemuProcess, number: RawFd) -> Option<OwnedFd> {
+    /// `_IO('T', 227)` of `include/uapi/linux/if_tun.h`: opens the namespace of the device.
+    const TUNGETDEVNETNS: libc::c_ulong = 0x54e3;
+    let pid = Pid::from_raw(i32::try_from(process.tgid.0).ok()?)?;
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    let file = rustix::process::pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).ok()?;
+    // SAFETY: the call takes no argument; if the file is none of the tun driver, it fails.
+    let opened = unsafe { libc::ioctl(file.as_raw_fd(), TUNGETDEVNETNS) };
+    // SAFETY: just opened, and nobody else's.
+    (opened >= 0).then(|| unsafe { OwnedFd::from_raw_fd(opened) })
 }
 
 fn namespace(link: &Path) -> Option<u32> {
@@ -195,23 +299,42 @@ pub fn open_files(root: &Path, process: QemuProcess) -> Option<u64> {
 #[must_use]
 pub fn held_taps(root: &Path, process: QemuProcess) -> Vec<HeldTap> {
     let dir = root.join(process.tgid.to_string());
-    let Ok(entries) = std::fs::read_dir(dir.join("fd")) else { return Vec::new() };
-    let mut numbers: Vec<u32> = entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok()).collect();
-    numbers.sort_unstable();
     let mut taps = Vec::new();
-    for number in numbers {
-        let Ok(target) = std::fs::read_link(dir.join("fd").join(number.to_string())) else { continue };
-        let target = target.to_string_lossy();
-        let tap = if target == "/dev/net/tun" {
-            let info =
-                std::fs::read_to_string(dir.join("fdinfo").join(number.to_string())).unwrap_or_default();
-            tap_of_fdinfo(&info).map(HeldTap::Named)
-        } else {
-            target.strip_prefix("/dev/tap").and_then(|n| n.parse().ok()).map(HeldTap::Macvtap)
+    for (number, target) in files_below_dev(&dir) {
+        let tap = match target.strip_prefix("tap") {
+            Some(index) => index.parse().ok().map(HeldTap::Macvtap),
+            None => tap_of_file(&dir, number).filter(|_| target == TUN).map(HeldTap::Named),
         };
         taps.extend(tap.filter(|tap| !taps.contains(tap)));
     }
     taps
+}
+
+/// The device of the tun driver, below `/dev`.
+const TUN: &str = "net/tun";
+
+/// The files of the tun driver that a process holds, and the name of the tap of each.
+fn tun_files(dir: &Path) -> Vec<(RawFd, String)> {
+    let files = files_below_dev(dir).into_iter().filter(|(_, target)| target == TUN);
+    files.map(|(number, _)| (number, tap_of_file(dir, number).unwrap_or_default())).collect()
+}
+
+/// The open files of a process that are below `/dev`: number, and path from there.
+fn files_below_dev(dir: &Path) -> Vec<(RawFd, String)> {
+    let Ok(entries) = std::fs::read_dir(dir.join("fd")) else { return Vec::new() };
+    let mut numbers: Vec<RawFd> =
+        entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok()).collect();
+    numbers.sort_unstable();
+    let target = |number: RawFd| {
+        let target = std::fs::read_link(dir.join("fd").join(number.to_string())).ok()?;
+        Some((number, target.to_str()?.strip_prefix("/dev/")?.to_owned()))
+    };
+    numbers.into_iter().filter_map(target).collect()
+}
+
+/// The tap of a file of the tun driver; `None` if it has none, or lost it.
+fn tap_of_file(dir: &Path, number: RawFd) -> Option<String> {
+    tap_of_fdinfo(&std::fs::read_to_string(dir.join("fdinfo").join(number.to_string())).ok()?)
 }
 
 /// The line `iff:` of a tun file's fdinfo.
@@ -247,6 +370,8 @@ pub struct Direction {
 pub struct CounterTable {
     netns: u32,
     path: PathBuf,
+    /// Open where no path leads to it.
+    file: Option<File>,
     text: Vec<u8>,
     lines: Vec<(std::ops::Range<usize>, DeviceCounters)>,
     window: Option<Window>,
@@ -256,7 +381,7 @@ impl CounterTable {
     /// Nothing read yet. `path` is a `/proc/PID/net/dev`.
     #[must_use]
     pub fn new(netns: u32, path: PathBuf) -> Self {
-        Self { netns, path, text: Vec::new(), lines: Vec::new(), window: None }
+        Self { netns, path, file: None, text: Vec::new(), lines: Vec::new(), window: None }
     }
 
     /// Whose devices these are.
@@ -280,7 +405,10 @@ impl CounterTable {
         self.lines.clear();
         self.text.clear();
         let begin = MonotonicNs::now();
-        let read = File::open(&self.path).and_then(|mut file| file.read_to_end(&mut self.text));
+        let read = match &mut self.file {
+            Some(file) => file.rewind().and_then(|()| file.read_to_end(&mut self.text)),
+            None => File::open(&self.path).and_then(|mut file| file.read_to_end(&mut self.text)),
+        };
         let end = MonotonicNs::now();
         read.map_err(|source| ProcfsError::Read { path: self.path.clone(), source })?;
         if !parse_table(&self.text, &mut self.lines) {
@@ -389,7 +517,7 @@ vnet0:1:18446744073709551615 2 0 9 0 0 0 0 50 6 0 8 0 0 0 0
 
     #[test]
     fn devices_of_this_namespace_are_found() {
-        let devices = Devices::new(Path::new("/proc"));
+        let mut devices = Devices::new(Path::new("/proc"));
         let lo = devices.find(None, "lo").unwrap();
         assert_eq!((lo.key.ifindex, lo.kind), (1, DeviceKind::Other));
         assert_eq!(devices.name(None, lo.key).as_deref(), Some("lo"));

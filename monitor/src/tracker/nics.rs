@@ -17,7 +17,7 @@ use crate::{
     units::{Bytes, Count, MonotonicNs, SourceKind, Window},
 };
 
-/// Looks after which a device of another namespace is looked up again, whose counters give no cause.
+/// Looks after which a device of another namespace, whose counters give no cause, or one that went is looked up again.
 const FOREIGN_ROUNDS: u64 = 10;
 
 /// What reads one interface; in the order of `domain.interfaces`.
@@ -274,8 +274,11 @@ impl Tracker {
         if interface.observable != Observable::Yes || interface.device.is_empty() {
             return;
         }
+        let due = nic.suspect || self.rounds.is_multiple_of(FOREIGN_ROUNDS);
+        if nic.device.is_none() && nic.had_one && !due {
+            return;
+        }
         if let Some(device) = nic.device {
-            let due = nic.suspect || self.rounds.is_multiple_of(FOREIGN_ROUNDS);
             if self.devices.is_foreign(device.key.netns) && !due {
                 return;
             }
@@ -318,6 +321,7 @@ impl Tracker {
         let is_new = tracked.seq > 0 && found.is_some();
         if is_new {
             tracked.epoch += 1;
+            tracked.sample.clear(); // No rate crosses an epoch.
         }
         if is_new && had_one {
             let detail = format!("the network device {name} is another one now: its counters start anew");
@@ -433,13 +437,15 @@ impl Tracker {
                 }
             }
         }
-        self.tables.retain(|table| needed.iter().any(|(netns, _)| *netns == table.netns()));
+        let is_needed = |netns| needed.iter().any(|(other, _)| *other == netns);
+        self.tables.retain(|table| is_needed(table.netns()));
+        self.devices.keep(is_needed);
         for (netns, process) in needed {
             let path = self.devices.counters_file(netns, process);
             match self.tables.iter_mut().find(|table| table.netns() == netns) {
                 Some(table) if table.path() == path => {}
-                Some(table) => *table = CounterTable::new(netns, path),
-                None => self.tables.push(CounterTable::new(netns, path)),
+                Some(table) => *table = self.devices.counters(netns, process),
+                None => self.tables.push(self.devices.counters(netns, process)),
             }
         }
     }

@@ -35,6 +35,18 @@ impl NetSpace {
         Ok(Self(File::open("/proc/thread-self/ns/net")?))
     }
 
+    /// The one that a process lives in.
+    pub fn of_process(pid: u32) -> Result<Self> {
+        let path = format!("/proc/{pid}/ns/net");
+        Ok(Self(File::open(&path).with_context(|| format!("cannot open {path}"))?))
+    }
+
+    /// A path that leads to it as long as this value exists.
+    #[must_use]
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+
     /// What identifies it, as in `/proc/PID/ns/net`.
     pub fn inode(&self) -> Result<u32> {
         Ok(u32::try_from(self.0.metadata()?.ino())?)
@@ -51,10 +63,19 @@ impl NetSpace {
 
     /// Runs `ip` inside.
     pub fn ip(&self, arguments: &[&str]) -> Result<()> {
+        self.command("ip", arguments)
+    }
+
+    /// Runs `tc` inside.
+    pub fn tc(&self, arguments: &[&str]) -> Result<()> {
+        self.command("tc", arguments)
+    }
+
+    fn command(&self, program: &str, arguments: &[&str]) -> Result<()> {
         self.run(|| {
-            let output = std::process::Command::new("ip").args(arguments).output()?;
+            let output = std::process::Command::new(program).args(arguments).output()?;
             let said = String::from_utf8_lossy(&output.stderr);
-            ensure!(output.status.success(), "ip {}: {}", arguments.join(" "), said.trim());
+            ensure!(output.status.success(), "{program} {}: {}", arguments.join(" "), said.trim());
             Ok(())
         })
     }
@@ -171,6 +192,19 @@ impl RawTap {
         })?;
         space.ip(&["link", "set", name, "up"])?;
         Ok(tap)
+    }
+
+    /// Lets the tap take nothing any more (`TUNATTACHFILTER`).
+    pub fn filter_everything(&self) -> Result<()> {
+        const TUNATTACHFILTER: libc::c_ulong = 0x4010_54d5;
+        let nothing = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 }; // BPF_RET | BPF_K: take 0 bytes.
+        let program = libc::sock_fprog { len: 1, filter: (&raw const nothing).cast_mut() };
+        for queue in &self.queues {
+            // SAFETY: a tun file, and the program lives during the call.
+            let set = unsafe { libc::ioctl(queue.as_raw_fd(), TUNATTACHFILTER, &raw const program) };
+            ensure!(set == 0, "TUNATTACHFILTER: {}", io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// A frame of the guest.
