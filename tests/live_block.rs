@@ -39,7 +39,8 @@ fn open_image(guest: &Guest, target: &str) -> OpenImage {
 fn watch(ebpf: &mut Ebpf, guest: &Guest, target: &str, io: &str) -> ImageSlot {
     let image = open_image(guest, target);
     let kind = ImageKind::File(file_system(Path::new("/proc"), process(guest), image.fds[0]).unwrap());
-    let opened = Opened { kind, direct: image.direct, aio: Aio::of_name(Some(io)) };
+    let aio = Aio::of_name(Some(io));
+    let opened = Opened { kind, direct: image.direct, aio, writable: image.writable };
     let plan = Plan::of(opened, |hook| ebpf.can(hook));
     ebpf.watch_image(image.id.key(Tgid(guest.pid)), plan).unwrap()
 }
@@ -104,7 +105,7 @@ fn direct_io_on_raw_files_is_exactly_what_the_guest_asked_for() {
     let truths: Vec<_> = guests.iter().map(|guest| guest.wait_end(PATIENCE).unwrap()).collect();
     for (guest, disk, slot) in watched {
         let at = guests.iter().position(|g| g.name == guest.name).unwrap();
-        let (asked, image) = (asked(&truths[at], &disk.target), ebpf.image(&slot).unwrap());
+        let (asked, image) = (asked(&truths[at], &disk.target), ebpf.image(&slot).unwrap().image);
         let counted = counted(&image);
         let [read, write, flush] = [READ, WRITE, FLUSH].map(|o| image.operations[o as usize]);
         println!(
@@ -119,7 +120,7 @@ fn direct_io_on_raw_files_is_exactly_what_the_guest_asked_for() {
             assert!(o.done == 0 || o.time_ns > 1000 * o.done, "{o:?}");
         }
         assert_eq!((image.untimed, image.other_errors), (0, 0));
-        let histograms = ebpf.image_histograms(&slot).unwrap();
+        let histograms = ebpf.latencies(&slot).unwrap().image;
         for (operation, histogram) in [read, write, flush].iter().zip(histograms.operations) {
             assert_eq!(histogram.iter().map(|n| u64::from(*n)).sum::<u64>(), operation.done);
         }

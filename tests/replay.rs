@@ -20,8 +20,8 @@ use monitor::{
         timestamp,
     },
     sample::{
-        CulpritKind, DiskDetail, DomainSample, InterfaceDetail, PreemptedBy, QueueDetail, ReadClass, Values,
-        VcpuDetail,
+        CulpritKind, DiskDetail, DomainSample, InterfaceDetail, Layers, PreemptedBy, QueueDetail, ReadClass,
+        Values, VcpuDetail,
     },
     source::{
         ebpf::{ExitReason, ExitReasons},
@@ -340,6 +340,16 @@ fn disk_detail(ticks: u64) -> DiskDetail {
         rd_hist: histogram(&[[65_536, 69_632, 90], [131_072, 139_264, 9], [1_048_576, 1_114_112, 1]]),
         wr_hist: histogram(&[[65_536, 69_632, 2]]),
         fl_hist: histogram(&[[4_194_304, 4_456_448, 1]]),
+        device_rd_hist: histogram(&[[32_768, 34_816, 40]]),
+        device_wr_hist: histogram(&[[16_384, 17_408, 3]]),
+        device_reason: (ticks % 2 == 1).then_some("the image is on a file system of many devices"),
+        layers: (ticks % 2 == 1).then_some(Layers {
+            interval_ns: 2_000_000_000,
+            write_amplification: Some(1.25),
+            rd_qemu_ns: Some(7_000_000),
+            wr_qemu_ns: Some(0),
+            fl_qemu_ns: None,
+        }),
         errors: vec![(0, 1), (5, 2), (28, 3), (131, 4)],
     }
 }

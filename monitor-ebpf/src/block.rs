@@ -12,22 +12,25 @@
     reason = "kernel values have fewer bits than the registers they come in; slots are below 2^16"
 )]
 
-use core::intrinsics::{AtomicOrdering::Relaxed, atomic_xadd};
+use core::{
+    ffi::c_void,
+    intrinsics::{AtomicOrdering::Relaxed, atomic_xadd},
+};
 
 use aya_ebpf::{
     EbpfContext as _,
     bindings::BPF_F_MMAPABLE,
-    helpers::{bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_ktime_get_ns},
+    helpers::{bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_loop},
     macros::{btf_tracepoint, map},
     maps::Array,
     programs::BtfTracePointContext,
 };
 use monitor_ebpf::{
-    BLOCK_DEVICE, BY_BIO, BY_CALL, BY_IOMAP, BlockLayout, CALL_FALLOCATE, CALL_FDATASYNC, CALL_FSYNC,
-    CALL_PREAD, CALL_PREADV, CALL_PWRITE, CALL_PWRITEV, FLIGHT_GROUPS, FLIGHT_PLACES, FLUSH, FLUSH_BY_BIO,
-    FLUSH_BY_CALL, FLUSH_BY_EXT4, Flight, FlightKeys, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
-    IMAGE_TABLE_PROBES, IMAGES, Image, ImageHistograms, ImageKey, ImageTable, Operation, PROCESS_FILTER_BITS,
-    ProcessFilter, READ, WRITE, bucket, flight_group,
+    ANY_PROCESS, BLOCK_DEVICE, BY_BIO, BY_CALL, BY_IOMAP, BlockLayout, CALL_FALLOCATE, CALL_FDATASYNC,
+    CALL_FSYNC, CALL_PREAD, CALL_PREADV, CALL_PWRITE, CALL_PWRITEV, FLIGHT_GROUPS, FLIGHT_PLACES, FLUSH,
+    FLUSH_BY_BIO, FLUSH_BY_CALL, FLUSH_BY_EXT4, Flight, FlightKeys, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
+    IMAGE_TABLE_PROBES, IMAGES, Image, ImageHistograms, ImageKey, ImageTable, MERGED, Operation,
+    PROCESS_FILTER_BITS, ProcessFilter, READ, WRITE, bucket, flight_group,
 };
 
 use crate::{
@@ -129,58 +132,242 @@ pub(crate) fn iomap_dio_complete(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
+/// Operations of `enum req_op`, the low 8 bits of `bi_opf`.
+const REQ_READ: u32 = 0;
+const REQ_WRITE: u32 = 1;
+const REQ_FLUSH: u32 = 2;
+const REQ_DISCARD: u32 = 3;
+const REQ_WRITE_ZEROES: u32 = 9;
+
+/// What a `bio` asks for.
+#[derive(Clone, Copy)]
+struct Asked {
+    bio: Address,
+    device: u32,
+    opf: u32,
+    bytes: u64,
+}
+
 /// `trace_block_bio_queue(struct bio *bio)`: I/O enters the block layer, in the context of the task that makes it.
 /// Parts that a driver splits off later are not traced again, so that one `bio` is one request, or a part of one
 /// above 1 MiB.
+///
+/// Counts for a disk that is the device itself, and for the device below a disk that is a file.
 #[btf_tracepoint(function = "block_bio_queue")]
 pub(crate) fn block_bio_queue(ctx: BtfTracePointContext) -> i32 {
-    /// Operations of `enum req_op`, the low 8 bits of `bi_opf`.
-    const REQ_READ: u32 = 0;
-    const REQ_WRITE: u32 = 1;
-    const REQ_FLUSH: u32 = 2;
-    const REQ_DISCARD: u32 = 3;
-    const REQ_WRITE_ZEROES: u32 = 9;
     let thread = bpf_get_current_pid_tgid();
-    if !may_be_watched(thread) {
+    let mine = may_be_watched(thread);
+    if !(mine || may_be_watched(ANY_PROCESS.into()) && is_kernel_thread()) {
         return 0;
     }
     let bio: Address = ctx.arg(0);
     // SAFETY: an argument of a BTF tracepoint, and what is loaded through it.
-    let (device, opf, bytes) = unsafe {
+    let asked = unsafe {
         let bdev: Address = load(bio, offset(&BLOCK_LAYOUT.bio_bdev));
         let device: u32 = load(bdev, offset(&BLOCK_LAYOUT.bdev_dev));
         let bytes: u32 = load(bio, offset(&BLOCK_LAYOUT.bio_size));
-        (device, load::<u32>(bio, offset(&BLOCK_LAYOUT.bio_opf)), u64::from(bytes))
+        Asked { bio, device, opf: load(bio, offset(&BLOCK_LAYOUT.bio_opf)), bytes: u64::from(bytes) }
     };
-    let Some(found) = image(ImageKey { inode: BLOCK_DEVICE, device, tgid: (thread >> 32) as u32 }) else {
-        return 0;
+    let tgid = (thread >> 32) as u32;
+    let disk = if mine { image(ImageKey { inode: BLOCK_DEVICE, device: asked.device, tgid }) } else { None };
+    let counted = match disk {
+        Some(found) => counts_for_disk(asked, found),
+        None => false,
     };
-    let Some(key) = key_of(bio) else { return 0 };
-    let (data, flush) = (found.is_counted(BY_BIO), found.is_counted(FLUSH_BY_BIO));
-    match opf & 0xff {
-        REQ_READ if data => begin(key, found, READ, bytes),
-        REQ_WRITE if data && bytes != 0 => begin(key, found, WRITE, bytes),
-        REQ_WRITE if flush && bytes == 0 && opf & offset(&BLOCK_LAYOUT.preflush) != 0 => {
-            begin(key, found, FLUSH, 0);
-        }
-        REQ_FLUSH if flush => begin(key, found, FLUSH, 0),
-        REQ_DISCARD if flush => count_range(&found.image.discards, &found.image.discard_bytes, bytes),
-        REQ_WRITE_ZEROES if flush => count_range(&found.image.zeroes, &found.image.zero_bytes, bytes),
-        _ => {}
+    if !counted {
+        count_below(asked, tgid, mine);
     }
     0
 }
 
+/// Counts a `bio` of a process on a disk that is this device; false if it is none that the disk counts here.
+#[inline(always)]
+fn counts_for_disk(asked: Asked, found: Found) -> bool {
+    let (data, flush) = (found.is_counted(BY_BIO), found.is_counted(FLUSH_BY_BIO));
+    let Some(key) = key_of(asked.bio) else { return true };
+    match asked.opf & 0xff {
+        REQ_READ if data => begin(key, found, READ, asked.bytes),
+        REQ_WRITE if data && asked.bytes != 0 => begin(key, found, WRITE, asked.bytes),
+        REQ_WRITE if flush && asked.bytes == 0 && asked.opf & offset(&BLOCK_LAYOUT.preflush) != 0 => {
+            begin(key, found, FLUSH, 0);
+        }
+        REQ_FLUSH if flush => begin(key, found, FLUSH, 0),
+        REQ_DISCARD if flush => count_range(&found.image.discards, &found.image.discard_bytes, asked.bytes),
+        REQ_WRITE_ZEROES if flush => count_range(&found.image.zeroes, &found.image.zero_bytes, asked.bytes),
+        _ => return false,
+    }
+    true
+}
+
+/// Counts a `bio` on behalf of the image whose data it moves: for the device below it or, where nothing else sees its
+/// requests, for the image itself.
+#[inline(always)]
+fn count_below(asked: Asked, tgid: u32, mine: bool) -> Option<()> {
+    let operation = match asked.opf & 0xff {
+        REQ_READ => READ,
+        REQ_WRITE => WRITE,
+        _ => return None,
+    };
+    if asked.bytes == 0 {
+        return None;
+    }
+    let cached = inode_of_pages(asked.bio).and_then(|inode| image_below(inode, asked.device, tgid));
+    let found = match cached {
+        Some(found) => found,
+        None if mine => image_below(inode_of_direct(asked.bio)?, asked.device, tgid)?,
+        None => return None,
+    };
+    let key = key_of(asked.bio)?;
+    if found.is_counted(BY_BIO) {
+        begin(key, found, operation, asked.bytes);
+        return Some(());
+    }
+    let slot = offset(&found.image.below).checked_sub(1)?;
+    // SAFETY: a valid map value; counters are added to atomically.
+    let image = unsafe { IMAGE_SLOTS.get_ptr(slot)?.as_ref()? };
+    begin(key, Found { slot: slot as u16, image }, operation, asked.bytes);
+    Some(())
+}
+
+/// The inode whose pages in the page cache a `bio` moves; `None` if they are not of the page cache.
+#[inline(always)]
+fn inode_of_pages(bio: Address) -> Option<u64> {
+    /// The low bits of `page.mapping` (include/linux/page-flags.h): memory of a process, or movable.
+    const NO_FILE: u64 = 3;
+    // SAFETY: an argument of a BTF tracepoint.
+    let vec: u64 = unsafe { load(bio, offset(&BLOCK_LAYOUT.bio_pages)) };
+    let page: u64 = probe(vec, offset(&BLOCK_LAYOUT.vec_page))?;
+    let head: u64 = probe(page, offset(&BLOCK_LAYOUT.page_head))?;
+    let page = if head & 1 != 0 { head - 1 } else { page };
+    let mapping: u64 = probe(page, offset(&BLOCK_LAYOUT.page_mapping))?;
+    if mapping == 0 || mapping & NO_FILE != 0 {
+        return None;
+    }
+    probe(mapping, offset(&BLOCK_LAYOUT.mapping_host))
+}
+
+/// The inode that a `bio` of direct I/O through iomap is for. Of another `bio` the result is any number: what is found
+/// with it has to be held against the device.
+#[inline(always)]
+fn inode_of_direct(bio: Address) -> Option<u64> {
+    // SAFETY: an argument of a BTF tracepoint.
+    let dio: u64 = unsafe { load(bio, offset(&BLOCK_LAYOUT.bio_private)) };
+    let kiocb: u64 = probe(dio, offset(&BLOCK_LAYOUT.dio_kiocb))?;
+    let file: u64 = probe(kiocb, offset(&BLOCK_LAYOUT.kiocb_file))?;
+    probe(file, offset(&BLOCK_LAYOUT.file_inode))
+}
+
+/// The image behind an inode, if it lies on that device: of a process, else of whoever left its data to the kernel.
+#[inline(always)]
+fn image_below(inode: u64, device: u32, tgid: u32) -> Option<Found> {
+    let (number, on) = if is_block_device(probe(inode, offset(&BLOCK_LAYOUT.inode_mode))?) {
+        (BLOCK_DEVICE, probe(inode, offset(&BLOCK_LAYOUT.inode_rdev))?)
+    } else {
+        let sb: u64 = probe(inode, offset(&BLOCK_LAYOUT.inode_sb))?;
+        (probe(inode, offset(&BLOCK_LAYOUT.inode_number))?, probe(sb, offset(&BLOCK_LAYOUT.sb_dev))?)
+    };
+    let on: u32 = on;
+    if on != device {
+        return None; // A copy that a stacked device made, to be carried out below.
+    }
+    image(ImageKey { inode: number, device, tgid })
+        .or_else(|| image(ImageKey { inode: number, device, tgid: ANY_PROCESS }))
+}
+
+/// `PF_KTHREAD` of include/linux/sched.h: writeback, journals, work queues.
+#[inline(always)]
+fn is_kernel_thread() -> bool {
+    const PF_KTHREAD: u32 = 0x0020_0000;
+    // SAFETY: plain helper call; what it returns is a pointer that the verifier trusts.
+    let flags: u32 = unsafe { load(bpf_get_current_task_btf() as Address, offset(&BLOCK_LAYOUT.task_flags)) };
+    flags & PF_KTHREAD != 0
+}
+
+/// `trace_block_rq_complete(struct request *rq, blk_status_t error, unsigned int nr_bytes)`: a device that takes
+/// requests has carried out so many bytes, in any context. Whole parts among them are over; the kernel does not trace
+/// their ends one by one (`blk_update_request()`).
+#[btf_tracepoint(function = "block_rq_complete")]
+pub(crate) fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
+    let request: Address = ctx.arg(0);
+    let (status, bytes) = (ctx.arg::<u64>(1) as u8, ctx.arg::<u64>(2));
+    // SAFETY: an argument of a BTF tracepoint, here and below what is loaded through it.
+    let bio: Address = unsafe { load(request, offset(&BLOCK_LAYOUT.request_bio)) };
+    if bio.is_null() {
+        return 0;
+    }
+    // SAFETY: as above.
+    let (first, next): (u32, u64) =
+        unsafe { (load(bio, offset(&BLOCK_LAYOUT.bio_size)), load(bio, offset(&BLOCK_LAYOUT.bio_next))) };
+    let Some(left) = bytes.checked_sub(u64::from(first)) else { return 0 };
+    let Some(key) = key_of(bio) else { return 0 };
+    end_part(key, status);
+    if next != 0 && left != 0 {
+        end_more(&ctx, key, left, status);
+    }
+    0
+}
+
+/// Parts of a request after the first.
+#[repr(C)]
+struct Parts {
+    /// Address of the next one.
+    bio: u64,
+    /// What to subtract from it to have its key.
+    base: u64,
+    /// Bytes that are over.
+    left: u64,
+    status: u64,
+}
+
+/// Ends the parts of a merged request after the first, in a loop of the kernel's: the verifier would look at each round
+/// of one that is written here.
+#[inline(always)]
+fn end_more(ctx: &BtfTracePointContext, first_key: u64, left: u64, status: u8) -> Option<()> {
+    // Addresses as numbers: the verifier does not let those that it knows as such be kept or computed with. That of
+    // the first part gives the distance of all keys to their addresses.
+    let request: u64 = probe(ctx.as_ptr() as u64, 0)?;
+    let first: u64 = probe(request, offset(&BLOCK_LAYOUT.request_bio))?;
+    let next: u64 = probe(first, offset(&BLOCK_LAYOUT.bio_next))?;
+    let base = first.wrapping_sub(first_key);
+    let mut parts = Parts { bio: next, base, left, status: u64::from(status) };
+    let next_part: unsafe extern "C" fn(u64, *mut Parts) -> i64 = end_next;
+    // SAFETY: the callback takes what is given here, for as long as the helper runs.
+    unsafe { bpf_loop(MERGED, next_part as *mut c_void, (&raw mut parts).cast(), 0) };
+    Some(())
+}
+
+/// One round; 1 ends the loop.
+#[inline(never)]
+unsafe extern "C" fn end_next(_: u64, parts: *mut Parts) -> i64 {
+    // SAFETY: what `end_more` gives; the verifier knows where it points.
+    let parts = unsafe { &mut *parts };
+    let Some(bytes) = probe::<u32>(parts.bio, offset(&BLOCK_LAYOUT.bio_size)) else { return 1 };
+    let Some(left) = parts.left.checked_sub(u64::from(bytes)) else { return 1 };
+    let Some(next) = probe::<u64>(parts.bio, offset(&BLOCK_LAYOUT.bio_next)) else { return 1 };
+    end_part(parts.bio.wrapping_sub(parts.base), parts.status as u8);
+    (parts.bio, parts.left) = (next, left);
+    i64::from(next == 0 || left == 0)
+}
+
 /// `trace_block_bio_complete(struct request_queue *q, struct bio *bio)`: a `bio` and all its parts are over, in any
-/// context. Its size is used up by now.
+/// context; only of devices that take each `bio` themselves, such as those of device-mapper. Its size is used up by now.
 #[btf_tracepoint(function = "block_bio_complete")]
 pub(crate) fn block_bio_complete(ctx: BtfTracePointContext) -> i32 {
     let bio: Address = ctx.arg(1);
-    let Some((flight, found)) = key_of(bio).and_then(take) else { return 0 };
     // SAFETY: an argument of a BTF tracepoint.
     let status: u8 = unsafe { load(bio, offset(&BLOCK_LAYOUT.bio_status)) };
-    finish(&flight, found, if status == 0 { i64::from(flight.bytes) } else { -status_errno(status) });
+    if let Some(key) = key_of(bio) {
+        end_part(key, status);
+    }
     0
+}
+
+/// A `bio` is over.
+#[inline(always)]
+fn end_part(key: u64, status: u8) {
+    if let Some((flight, found)) = take(key) {
+        finish(&flight, found, if status == 0 { i64::from(flight.bytes) } else { -status_errno(status) });
+    }
 }
 
 /// The error number that `blk_status_to_errno()` gives a process.
@@ -501,16 +688,20 @@ fn take(key: u64) -> Option<(Flight, Found)> {
     // SAFETY: valid map values.
     let (keys, flights) =
         unsafe { (FLIGHT_KEYS.get_ptr(group)?.as_ref()?, FLIGHTS.get_ptr(group)?.as_ref()?) };
-    for (place, flying) in keys.0.iter().zip(flights) {
+    let mut at = FLIGHT_PLACES;
+    for (i, place) in keys.0.iter().enumerate() {
         if get(place) == key {
-            let flight = *flying;
-            Word::of(place).store(0); // Nobody else claims it before this.
-            // SAFETY: a valid map value.
-            let image = unsafe { IMAGE_SLOTS.get_ptr(u32::from(flight.slot))?.as_ref()? };
-            return Some((flight, Found { slot: flight.slot, image }));
+            at = i;
         }
     }
-    None
+    // One copy of what follows, instead of one for each place, which the verifier would all have to follow.
+    // SAFETY: a local variable.
+    let at = unsafe { core::ptr::read_volatile(&raw const at) };
+    let (place, flight) = (keys.0.get(at)?, *flights.get(at)?);
+    Word::of(place).store(0); // Nobody else claims it before this.
+    // SAFETY: a valid map value.
+    let image = unsafe { IMAGE_SLOTS.get_ptr(u32::from(flight.slot))?.as_ref()? };
+    Some((flight, Found { slot: flight.slot, image }))
 }
 
 #[inline(always)]

@@ -253,6 +253,18 @@ metrics! {
         "Reads by which QEMU probed an image with direct I/O when it opened it; in no other figure.";
     DiskOpenBytes: Disk, "qemu_open_bytes", Bytes, Counter, [Ebpf], Slow,
         "Bytes asked for by those reads.";
+    DiskDeviceRdReq: Disk, "device_rd_req", Count, Counter, [Ebpf], Slow,
+        "Reads that the host's block device below the disk's images was asked for on their behalf, read-ahead included. Absent where they cannot be attributed; device_reason says why.";
+    DiskDeviceRdBytes: Disk, "device_rd_bytes", Bytes, Counter, [Ebpf], Slow,
+        "Bytes of those reads.";
+    DiskDeviceRdTime: Disk, "device_rd_time_ns", Nanoseconds, Counter, [Ebpf], Slow,
+        "Time those reads took in the block layer and the device, summed.";
+    DiskDeviceWrReq: Disk, "device_wr_req", Count, Counter, [Ebpf], Slow,
+        "Writes that device was asked for on their behalf, by QEMU or by the kernel's writeback of what QEMU left in the page cache. Without the file system's journal and metadata, which are nobody's.";
+    DiskDeviceWrBytes: Disk, "device_wr_bytes", Bytes, Counter, [Ebpf], Slow,
+        "Bytes of those writes. Over the guest's wr_bytes: the write amplification.";
+    DiskDeviceWrTime: Disk, "device_wr_time_ns", Nanoseconds, Counter, [Ebpf], Slow,
+        "Time those writes took in the block layer and the device, summed.";
     DiskCapacity: Disk, "capacity_bytes", Bytes, Gauge, [Libvirt], Slow,
         "Size of the disk as the guest sees it. libvirt: block.N.capacity.";
     DiskAllocation: Disk, "allocation_bytes", Bytes, Gauge, [Libvirt], Slow,

@@ -184,7 +184,7 @@ pub struct QueueDetail {
 }
 
 /// What a sample says of a disk beside its metrics; gone once it is written.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct DiskDetail {
     /// Times of reads that ended since the last histogram, as `[from, to, count]`, nanoseconds.
     pub rd_hist: Option<Vec<[u64; 3]>>,
@@ -192,8 +192,38 @@ pub struct DiskDetail {
     pub wr_hist: Option<Vec<[u64; 3]>>,
     /// Times of flushes, likewise.
     pub fl_hist: Option<Vec<[u64; 3]>>,
+    /// Times of the device's reads, likewise.
+    pub device_rd_hist: Option<Vec<[u64; 3]>>,
+    /// Times of the device's writes, likewise.
+    pub device_wr_hist: Option<Vec<[u64; 3]>>,
+    /// Why the device's share is not known; told as often as histograms are.
+    pub device_reason: Option<&'static str>,
     /// Failed requests by error number, 0 for all that are not told apart; none if none failed.
     pub errors: Vec<(u32, u64)>,
+    /// The layers against each other, between two reads of what QEMU knows.
+    pub layers: Option<Layers>,
+}
+
+/// The guest's requests on a disk against those of QEMU and of the host's device, over the time between two reads of
+/// what QEMU knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, schemars::JsonSchema)]
+pub struct Layers {
+    /// That time, nanoseconds. The host's figures are up to one interval older at both ends.
+    pub interval_ns: u64,
+    /// Bytes written to the device over bytes written by the guest; absent while the guest writes nothing, or where the
+    /// device's share is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub write_amplification: Option<f64>,
+    /// Time of the guest's reads outside QEMU's I/O on the host, summed over requests, nanoseconds: throttling by QEMU, and
+    /// waiting for its threads. Absent where QEMU's I/O took longer, as it does when the guest does not wait for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rd_qemu_ns: Option<u64>,
+    /// Of its writes, likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wr_qemu_ns: Option<u64>,
+    /// Of its flushes, likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fl_qemu_ns: Option<u64>,
 }
 
 /// Who had a CPU that a vCPU waited for.

@@ -13,13 +13,16 @@ const CEILOMETER: &str = "ceilometer==27.0.0";
 
 /// The subcommand.
 pub(crate) fn run(args: &[String]) -> Result<()> {
-    let Some((name @ ("kvm" | "libvirt" | "net" | "sched"), rest)) =
+    let Some((name @ ("block" | "kvm" | "libvirt" | "net" | "sched"), rest)) =
         args.split_first().map(|(name, rest)| (name.as_str(), rest))
     else {
-        bail!("bench takes the name of a benchmark: kvm, libvirt, net or sched")
+        bail!("bench takes the name of a benchmark: block, kvm, libvirt, net or sched")
     };
     ensure!(rest.is_empty() || name == "libvirt", "bench {name} takes no argument, not `{}`", rest[0]);
     ensure!(process::is_root(), "bench needs root, because it loads kernel programs: run it with sudo");
+    if name == "block" {
+        setup::ensure(Scope::Bench)?;
+    }
     let mut cargo = build::host_cargo("bench")?;
     cargo.args(["--package", "monitor", "--bench", name]);
     if name == "libvirt" {

@@ -8,6 +8,7 @@ mod apt;
 mod bench;
 mod build;
 mod demo;
+mod disks;
 mod docs;
 mod ebpf;
 mod elf;
@@ -46,6 +47,8 @@ usage: cargo xtask SUBCOMMAND
   bench libvirt scale [SIZE…]  time and memory with thousands of domains of libvirt's test driver
   bench kvm                    cost of the probes at an exit and a return to user space, as root
   fuzz [TARGET] [--seconds N]  random text for the readers of domain XML, statistics and command lines
+  bench block                  cost of the probes at a request to a disk, as root
+  disks                        every way to open an image, with real guests, as root; writes docs/disks.md
   docs [--check]               write the generated parts of the documents, or check them
 
 KVM_MONITOR_BPF_ROUTE=rustup|distro   allow one way to a compiler for BPF only
@@ -84,6 +87,7 @@ fn dispatch(args: &[String]) -> Result<bool> {
         "kernels" => kernels::run(args)?,
         "lint" => return lint::run(args),
         "bench" => bench::run(args)?,
+        "disks" => disks::run(args)?,
         "docs" => docs::run(args)?,
         "fuzz" => fuzz::run(args)?,
         "help" | "--help" | "-h" => println!("{HELP}"),

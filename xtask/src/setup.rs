@@ -17,7 +17,7 @@ pub(crate) enum Scope {
     Build,
     /// The demo and the live tests too: real guests under a libvirtd of our own.
     Guests,
-    /// Other programs that `bench libvirt` measures beside ours.
+    /// Loads for benchmarks, and other programs that they measure beside ours.
     Bench,
 }
 
@@ -26,7 +26,7 @@ impl Scope {
         match self {
             Self::Build => "to build",
             Self::Guests => "for demo and live tests",
-            Self::Bench => "for bench libvirt",
+            Self::Bench => "for benchmarks",
         }
     }
 }
@@ -60,7 +60,7 @@ use Presence::{FileServer, PkgConfig, Program, PythonModule, StaticLibrary};
 use Scope::{Bench, Build, Guests};
 
 #[rustfmt::skip] // A table.
-const ITEMS: [Item; 21] = [
+const ITEMS: [Item; 23] = [
     Item { name: "cc", scope: Build, why: "links every Rust program", presence: Program("cc"),
            debian: "gcc libc6-dev", fedora: "gcc glibc-devel", arch: "gcc" },
     Item { name: "pkg-config", scope: Build, why: "finds the libvirt library", presence: Program("pkg-config"),
@@ -103,6 +103,10 @@ const ITEMS: [Item; 21] = [
            debian: "python3-libvirt", fedora: "python3-libvirt", arch: "libvirt-python" },
     Item { name: "venv for Python", scope: Bench, why: "holds ceilometer, which is measured beside us", presence: PythonModule("ensurepip"),
            debian: "python3-venv", fedora: "python3", arch: "python" },
+    Item { name: "fio", scope: Bench, why: "makes requests to disks", presence: Program("fio"),
+           debian: "fio", fedora: "fio", arch: "fio" },
+    Item { name: "biolatency", scope: Bench, why: "does a part of what the disk probes do, for comparison", presence: Program("biolatency"),
+           debian: "libbpf-tools", fedora: "libbpf-tools", arch: "libbpf-tools" },
 ];
 
 /// Debian 12's QEMU brings its own; later releases have a package for it, and QEMU's common files anyway.

@@ -233,7 +233,7 @@ fn live_obstacle() -> Option<String> {
     (!btf.exists()).then(|| format!("this kernel has no BTF: no {}", btf.display()))
 }
 
-fn live_command(program: &TestProgram, built: &Built) -> Command {
+pub(crate) fn live_command(program: &TestProgram, built: &Built) -> Command {
     let mut command = Command::new("timeout");
     // In the foreground, Ctrl-C reaches the test, which then cleans up.
     command.args(["--foreground", "--kill-after=30s", LIVE_LIMIT]).arg(&program.file).arg("--test-threads=1");

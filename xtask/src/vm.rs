@@ -136,7 +136,7 @@ pub(crate) fn output_of(built: &Built, series: &str, commands: &str) -> Result<S
 }
 
 /// Runs one command in the directory of the caller.
-fn command(built: &Built, series: &str, words: &[String]) -> Result<bool> {
+pub(crate) fn command(built: &Built, series: &str, words: &[String]) -> Result<bool> {
     let mut commands = environment(built);
     let here = env::current_dir().context("the working directory is gone")?;
     writeln!(commands, "cd {}", quote(&here.to_string_lossy()))?;
@@ -368,7 +368,8 @@ fn lock() -> Result<File> {
     Ok(file)
 }
 
-fn out(series: &str) -> PathBuf {
+/// What a VM leaves.
+pub(crate) fn out(series: &str) -> PathBuf {
     paths::target().join("vm").join(series)
 }
 

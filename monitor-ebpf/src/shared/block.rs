@@ -28,9 +28,12 @@ pub struct ImageKey {
     pub inode: u64,
     /// Device of the file system, or the block device itself, as the kernel writes it: major << 20 | minor.
     pub device: u32,
-    /// Process id.
+    /// Process id; [`ANY_PROCESS`] for the kernel's threads that write back what a process left in the page cache.
     pub tgid: u32,
 }
+
+/// Stands for the kernel's threads in [`ImageKey::tgid`].
+pub const ANY_PROCESS: u32 = 0;
 
 impl ImageKey {
     /// Where the search for this key begins in the table (Fibonacci hashing).
@@ -108,7 +111,10 @@ impl Operation {
 }
 
 /// Error numbers that are told apart for one image.
-pub const ERRNOS: usize = 8;
+pub const ERRNOS: usize = 7;
+/// Parts of one request to a device, merged from requests of processes, that are looked at when it is over, beside the
+/// first.
+pub const MERGED: u32 = 1_024;
 
 /// A watched image, in the slot that user space gave it.
 #[repr(C, align(64))]
@@ -118,6 +124,11 @@ pub struct Image {
     pub counted_by: u32,
     /// Place of its histograms, plus 1; 0 = none are kept. Written by user space.
     pub histograms: u32,
+    /// Slot that counts what the device below the image is asked for on its behalf, plus 1; 0 = nothing is counted.
+    /// Written by user space.
+    pub below: u32,
+    /// Nothing.
+    pub reserved: u32,
     /// [`READ`], [`WRITE`], [`FLUSH`].
     pub operations: [Operation; OPERATIONS],
     /// Ranges given back (holes punched, discards).
@@ -146,6 +157,8 @@ impl Image {
     pub const ZERO: Self = Self {
         counted_by: 0,
         histograms: 0,
+        below: 0,
+        reserved: 0,
         operations: [Operation::ZERO; OPERATIONS],
         discards: 0,
         discard_bytes: 0,
@@ -239,6 +252,26 @@ pub struct BlockLayout {
     pub bio_status: u32,
     /// `bio.bi_iter.bi_size`.
     pub bio_size: u32,
+    /// `bio.bi_next`: the next part of a merged request.
+    pub bio_next: u32,
+    /// `bio.bi_private`: of direct I/O through iomap, its `struct iomap_dio`.
+    pub bio_private: u32,
+    /// `bio.bi_io_vec`: its pages.
+    pub bio_pages: u32,
+    /// `bio_vec.bv_page`.
+    pub vec_page: u32,
+    /// `page.compound_head`: where it is odd, the first page of the folio is 1 below.
+    pub page_head: u32,
+    /// `page.mapping`: of a page of the page cache, whose it is.
+    pub page_mapping: u32,
+    /// `address_space.host`: the inode.
+    pub mapping_host: u32,
+    /// `iomap_dio.iocb`.
+    pub dio_kiocb: u32,
+    /// `request.bio`: its first part.
+    pub request_bio: u32,
+    /// `task_struct.flags`.
+    pub task_flags: u32,
     /// `block_device.bd_dev`.
     pub bdev_dev: u32,
     /// The bit `REQ_PREFLUSH` of `bi_opf`.
@@ -301,6 +334,16 @@ impl BlockLayout {
         bio_opf: 0,
         bio_status: 0,
         bio_size: 0,
+        bio_next: 0,
+        bio_private: 0,
+        bio_pages: 0,
+        vec_page: 0,
+        page_head: 0,
+        page_mapping: 0,
+        mapping_host: 0,
+        dio_kiocb: 0,
+        request_bio: 0,
+        task_flags: 0,
         bdev_dev: 0,
         preflush: 0,
         uring_opcode: 0,
@@ -318,7 +361,7 @@ impl BlockLayout {
 
 const _: () = assert!(size_of::<ImageEntry>() == 24 && size_of::<Flight>() == 16);
 const _: () = assert!(size_of::<Image>() == 256 && size_of::<FlightKeys>() == 64);
-const _: () = assert!(size_of::<BlockLayout>() == 4 * (24 + 4 + CALLS));
+const _: () = assert!(size_of::<BlockLayout>() == 4 * (34 + 4 + CALLS));
 
 #[cfg(test)]
 mod tests {

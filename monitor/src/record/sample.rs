@@ -457,6 +457,8 @@ fn serialize_disk_detail<S: Serializer>(
         ("rd_latency_ns", "rd_latency_hist_ns", &detail.rd_hist),
         ("wr_latency_ns", "wr_latency_hist_ns", &detail.wr_hist),
         ("fl_latency_ns", "fl_latency_hist_ns", &detail.fl_hist),
+        ("device_rd_latency_ns", "device_rd_latency_hist_ns", &detail.device_rd_hist),
+        ("device_wr_latency_ns", "device_wr_latency_hist_ns", &detail.device_wr_hist),
     ];
     for (summary, name, histogram) in histograms {
         let Some(histogram) = histogram else { continue };
@@ -464,6 +466,12 @@ fn serialize_disk_detail<S: Serializer>(
             map.serialize_entry(summary, &latency)?;
         }
         map.serialize_entry(name, histogram)?;
+    }
+    if let Some(reason) = detail.device_reason {
+        map.serialize_entry("device_reason", reason)?;
+    }
+    if let Some(layers) = &detail.layers {
+        map.serialize_entry("layers", layers)?;
     }
     if !detail.errors.is_empty() {
         let named: BTreeMap<_, _> = detail.errors.iter().map(|(errno, n)| (errno_name(*errno), n)).collect();

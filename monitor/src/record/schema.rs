@@ -226,8 +226,20 @@ pub(super) fn disks(generator: &mut SchemaGenerator) -> Schema {
         ("rd_latency_hist_ns", histogram("reads")),
         ("wr_latency_ns", latency.clone()),
         ("wr_latency_hist_ns", histogram("writes")),
-        ("fl_latency_ns", latency),
+        ("fl_latency_ns", latency.clone()),
         ("fl_latency_hist_ns", histogram("flushes")),
+        ("device_rd_latency_ns", latency.clone()),
+        ("device_rd_latency_hist_ns", histogram("reads of the device")),
+        ("device_wr_latency_ns", latency),
+        ("device_wr_latency_hist_ns", histogram("writes of the device")),
+        (
+            "device_reason",
+            json_schema!({
+                "type": "string",
+                "description": "Why the device's share is not attributable; once a second at most."
+            }),
+        ),
+        ("layers", generator.subschema_for::<crate::sample::Layers>()),
         (
             "errors",
             json_schema!({

@@ -69,8 +69,8 @@ pub struct ProgramRuns {
 #[path = "ebpf/images.rs"]
 mod images;
 pub use images::{
-    Aio, BLOCK_DEVICE, FLUSH, Hook, Image, ImageHistograms, ImageKey, ImageKind, Opened, Operation, Plan,
-    READ, WRITE,
+    Aio, BLOCK_DEVICE, Below, Counted, FLUSH, Hook, Image, ImageHistograms, ImageKey, ImageKind, Latencies,
+    Opened, Operation, Plan, READ, WRITE,
 };
 
 /// There is none.
@@ -81,6 +81,14 @@ impl ImageSlot {
     /// None exists.
     #[must_use]
     pub fn plan(&self) -> Plan {
+        match *self {}
+    }
+
+    /// None exists.
+    ///
+    /// # Errors
+    /// Never.
+    pub fn below(&self) -> Result<(), &'static str> {
         match *self {}
     }
 }
@@ -305,19 +313,19 @@ impl Ebpf {
     }
 
     /// None exists.
-    pub fn unwatch_image(&mut self, _: ImageSlot) -> Option<(Image, Option<ImageHistograms>)> {
+    pub fn unwatch_image(&mut self, _: ImageSlot) -> Option<(Counted, Option<Latencies>)> {
         match *self {}
     }
 
     /// None exists.
     #[must_use]
-    pub fn image(&self, _: &ImageSlot) -> Option<Image> {
+    pub fn image(&self, _: &ImageSlot) -> Option<Counted> {
         match *self {}
     }
 
     /// None exists.
     #[must_use]
-    pub fn image_histograms(&self, _: &ImageSlot) -> Option<ImageHistograms> {
+    pub fn latencies(&self, _: &ImageSlot) -> Option<Latencies> {
         match *self {}
     }
 }

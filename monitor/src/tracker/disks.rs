@@ -13,8 +13,8 @@ use crate::{
     sample::{DiskDetail, Values},
     source::{
         ebpf::{
-            Aio, Ebpf, FLUSH, Image, ImageHistograms, ImageKind, ImageSlot, NotWatched, Opened, Plan, READ,
-            WRITE,
+            Aio, Below, Counted, Ebpf, FLUSH, Image, ImageHistograms, ImageKind, ImageSlot, Latencies,
+            NotWatched, Opened, Plan, READ, WRITE,
         },
         procfs::{
             ProcfsError,
@@ -52,12 +52,53 @@ struct Watched {
 struct Total {
     target: String,
     /// Counted for images it no longer has.
-    earlier: Box<(Image, ImageHistograms)>,
+    earlier: Box<(Figures, Histograms)>,
     /// Its latencies as of the last sample that had them.
-    histograms: Option<Box<ImageHistograms>>,
+    histograms: Option<Box<Histograms>>,
     /// Why an image of it is not watched.
     blind: Option<String>,
     lost: u64,
+}
+
+/// The sum of several images' figures.
+#[derive(Clone, Copy, Debug)]
+struct Figures {
+    image: Image,
+    /// Of the host's device below.
+    below: Image,
+}
+
+/// The sum of several images' latencies.
+#[derive(Clone, Copy, Debug)]
+struct Histograms {
+    image: ImageHistograms,
+    below: ImageHistograms,
+}
+
+impl Figures {
+    const ZERO: Self = Self { image: Image::ZERO, below: Image::ZERO };
+
+    fn add(&mut self, counted: &Counted, plan: Plan) {
+        add(&mut self.image, &counted.image);
+        match (plan.below, counted.below) {
+            (Below::Same, _) => add(&mut self.below, &counted.image),
+            (_, Some(below)) => add(&mut self.below, &below),
+            (_, None) => {}
+        }
+    }
+}
+
+impl Histograms {
+    const ZERO: Self = Self { image: ImageHistograms::ZERO, below: ImageHistograms::ZERO };
+
+    fn add(&mut self, latencies: &Latencies, plan: Plan) {
+        add_histograms(&mut self.image, &latencies.image);
+        match (plan.below, &latencies.below) {
+            (Below::Same, _) => add_histograms(&mut self.below, &latencies.image),
+            (_, Some(below)) => add_histograms(&mut self.below, below),
+            (_, None) => {}
+        }
+    }
 }
 
 /// Where to look.
@@ -154,11 +195,12 @@ impl Disks {
         let (stay, go) = std::mem::take(&mut self.images).into_iter().partition(stays);
         self.images = stay;
         for watched in go {
-            let Some((image, histograms)) = ebpf.unwatch_image(watched.slot) else { continue };
+            let plan = watched.slot.plan();
+            let Some((counted, latencies)) = ebpf.unwatch_image(watched.slot) else { continue };
             let total = self.total(&watched.target);
-            add(&mut total.earlier.0, &image);
-            if let Some(histograms) = histograms {
-                add_histograms(&mut total.earlier.1, &histograms);
+            total.earlier.0.add(&counted, plan);
+            if let Some(latencies) = latencies {
+                total.earlier.1.add(&latencies, plan);
             }
         }
         self.totals.retain(|total| disks.iter().any(|disk| disk.target == total.target));
@@ -188,7 +230,7 @@ impl Disks {
         let at = self.totals.iter().position(|total| total.target == target).unwrap_or_else(|| {
             self.totals.push(Total {
                 target: target.to_owned(),
-                earlier: Box::new((Image::ZERO, ImageHistograms::ZERO)),
+                earlier: Box::new((Figures::ZERO, Histograms::ZERO)),
                 histograms: None,
                 blind: None,
                 lost: 0,
@@ -209,11 +251,19 @@ impl Disks {
         let images = self.images.iter().filter(|watched| watched.target == target);
         let Some(total) = self.totals.iter_mut().find(|total| total.target == target) else { return 0 };
         let mut sum = total.earlier.0;
-        images.filter_map(|watched| ebpf.image(&watched.slot)).for_each(|image| add(&mut sum, &image));
-        put_image(values, &sum, seen);
-        detail.errors = errors(&sum);
-        let lost = sum.untimed.saturating_sub(total.lost);
-        total.lost = sum.untimed;
+        for watched in images {
+            if let Some(counted) = ebpf.image(&watched.slot) {
+                sum.add(&counted, watched.slot.plan());
+            }
+        }
+        put_image(values, &sum.image, seen);
+        if seen.below.is_ok() {
+            put_below(values, &sum.below);
+        }
+        detail.errors = errors(&sum.image);
+        let untimed = sum.image.untimed + sum.below.untimed;
+        let lost = untimed.saturating_sub(total.lost);
+        total.lost = untimed;
         lost
     }
 
@@ -223,19 +273,29 @@ impl Disks {
         let images = self.images.iter().filter(|watched| watched.target == target);
         let Some(total) = self.totals.iter_mut().find(|total| total.target == target) else { return };
         let mut now = Box::new(total.earlier.1);
-        images
-            .filter_map(|watched| ebpf.image_histograms(&watched.slot))
-            .for_each(|histograms| add_histograms(&mut now, &histograms));
-        let before = total.histograms.get_or_insert_with(|| Box::new(ImageHistograms::ZERO));
-        let new = |operation: u32| {
+        for watched in images {
+            if let Some(latencies) = ebpf.latencies(&watched.slot) {
+                now.add(&latencies, watched.slot.plan());
+            }
+        }
+        let before = total.histograms.get_or_insert_with(|| Box::new(Histograms::ZERO));
+        let new = |before: &ImageHistograms, now: &ImageHistograms, operation: u32| {
             let at = operation as usize;
             Some(new_in_histogram(&before.operations[at], &now.operations[at]))
         };
         if seen.data {
-            (detail.rd_hist, detail.wr_hist) = (new(READ), new(WRITE));
+            detail.rd_hist = new(&before.image, &now.image, READ);
+            detail.wr_hist = new(&before.image, &now.image, WRITE);
         }
         if seen.flush {
-            detail.fl_hist = new(FLUSH);
+            detail.fl_hist = new(&before.image, &now.image, FLUSH);
+        }
+        match seen.below {
+            Ok(()) => {
+                detail.device_rd_hist = new(&before.below, &now.below, READ);
+                detail.device_wr_hist = new(&before.below, &now.below, WRITE);
+            }
+            Err(reason) => detail.device_reason = Some(reason),
         }
         total.histograms = Some(now);
     }
@@ -247,6 +307,7 @@ impl Disks {
         (images().next().is_some() && total.blind.is_none()).then(|| Seen {
             data: images().all(|image| image.slot.plan().data.is_some()),
             flush: images().all(|image| !image.writable || image.slot.plan().flush.is_some()),
+            below: images().map(|image| image.slot.below()).find(Result::is_err).unwrap_or(Ok(())),
         })
     }
 }
@@ -256,6 +317,8 @@ impl Disks {
 struct Seen {
     data: bool,
     flush: bool,
+    /// The device's share; why not.
+    below: Result<(), &'static str>,
 }
 
 fn plan(ebpf: &Ebpf, image: &OpenImage, at: Place<'_>, disk: &inventory::Disk) -> Plan {
@@ -266,7 +329,8 @@ fn plan(ebpf: &Ebpf, image: &OpenImage, at: Place<'_>, disk: &inventory::Disk) -
             ImageKind::File(file_system(at.root, at.process, fd).unwrap_or(0))
         }
     };
-    let opened = Opened { kind, direct: image.direct, aio: Aio::of_name(disk.io.as_deref()) };
+    let aio = Aio::of_name(disk.io.as_deref());
+    let opened = Opened { kind, direct: image.direct, aio, writable: image.writable };
     Plan::of(opened, |hook| ebpf.can(hook))
 }
 
@@ -294,6 +358,17 @@ fn put_image(values: &mut Values, image: &Image, seen: Seen) {
         values.put(EBPF, Metric::DiskZeroReq, Count(image.zeroes));
         values.put(EBPF, Metric::DiskZeroBytes, Bytes(image.zero_bytes));
     }
+}
+
+fn put_below(values: &mut Values, below: &Image) {
+    const EBPF: SourceKind = SourceKind::Ebpf;
+    let [read, write] = [READ, WRITE].map(|o| below.operations[o as usize]);
+    values.put(EBPF, Metric::DiskDeviceRdReq, Count(read.done));
+    values.put(EBPF, Metric::DiskDeviceRdBytes, Bytes(read.bytes));
+    values.put(EBPF, Metric::DiskDeviceRdTime, Nanos(read.time_ns));
+    values.put(EBPF, Metric::DiskDeviceWrReq, Count(write.done));
+    values.put(EBPF, Metric::DiskDeviceWrBytes, Bytes(write.bytes));
+    values.put(EBPF, Metric::DiskDeviceWrTime, Nanos(write.time_ns));
 }
 
 /// Failed requests by error number; an empty list where there was none.
@@ -347,9 +422,9 @@ mod tests {
     #[test]
     fn errors_of_several_images_are_summed_by_number() {
         let mut sum = Image::ZERO;
-        let image = Image { errnos: [5 << 32 | 2, 28 << 32 | 1, 0, 0, 0, 0, 0, 0], ..Image::ZERO };
+        let image = Image { errnos: [5 << 32 | 2, 28 << 32 | 1, 0, 0, 0, 0, 0], ..Image::ZERO };
         add(&mut sum, &image);
-        add(&mut sum, &Image { errnos: [28 << 32 | 4, 0, 0, 0, 0, 0, 0, 0], other_errors: 3, ..Image::ZERO });
+        add(&mut sum, &Image { errnos: [28 << 32 | 4, 0, 0, 0, 0, 0, 0], other_errors: 3, ..Image::ZERO });
         assert_eq!(errors(&sum), [(0, 3), (5, 2), (28, 5)]);
         assert_eq!(errors(&Image::ZERO), []);
     }

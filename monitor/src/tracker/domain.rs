@@ -5,10 +5,11 @@ use std::{collections::BTreeMap, path::Path};
 use super::{
     classes::Classes,
     disks::Disks,
+    layers::Comparison,
     nics::{Nic, is_same},
 };
 use crate::{
-    inventory::{Domain, DomainState, Vcpu},
+    inventory::{Disk, Domain, DomainState, Vcpu},
     ledger::{Ledger, Parts, new_in_histogram},
     metric::{Metric, Scope},
     record::Subject,
@@ -64,6 +65,7 @@ pub struct Tracked {
     pub(super) pss: Option<Bytes>,
     /// Not to be read before.
     pub(super) pss_due: Option<MonotonicNs>,
+    layers: Comparison,
 }
 
 /// What followed a domain in the kernel.
@@ -114,6 +116,7 @@ impl Tracked {
             drives: Vec::new(),
             pss: None,
             pss_due: None,
+            layers: Comparison::default(),
         }
     }
 
@@ -151,13 +154,22 @@ impl Tracked {
         let (old, sample) = (&self.domain, &mut self.sample);
         let interfaces = (old.interfaces.as_slice(), sample.interfaces.as_slice());
         sample.interfaces = carry(interfaces, &new.interfaces, Scope::Interface, is_same);
-        let disks = (old.disks.as_slice(), sample.disks.as_slice());
-        sample.disks = carry(disks, &new.disks, Scope::Disk, |a, b| a.target == b.target);
-        sample.disk_details = vec![DiskDetail::default(); new.disks.len()];
-        self.disks.described();
-        let changed = *old != new;
+        let disks = std::mem::take(&mut new.disks);
+        let changed = self.domain.disks != disks;
+        self.replace_disks(disks.clone());
+        new.disks = disks;
+        let changed = changed || self.domain != new;
         self.domain = new;
         changed
+    }
+
+    /// Other disks, or the same in another way. Values stay with their targets.
+    pub(super) fn replace_disks(&mut self, new: Vec<Disk>) {
+        let old = (self.domain.disks.as_slice(), self.sample.disks.as_slice());
+        self.sample.disks = carry(old, &new, Scope::Disk, |a, b| a.target == b.target);
+        self.sample.disk_details = vec![DiskDetail::default(); new.len()];
+        self.disks.described();
+        self.domain.disks = new;
     }
 
     /// Forgets the process and all values: counters will start anew. Returns what followed its threads.
@@ -172,6 +184,7 @@ impl Tracked {
         self.task_ids.clear();
         self.followed_since = None;
         self.epoch += 1;
+        self.layers = Comparison::default();
         self.sample.clear();
         for vcpu in &mut self.domain.vcpus {
             vcpu.tid = None;
@@ -437,6 +450,9 @@ impl Tracked {
             if let Some(stats) = stats.blocks.iter().find(|s| s.target == disk.target) {
                 put_disk(values, stats);
             }
+        }
+        for (i, disk) in self.domain.disks.iter().enumerate() {
+            self.sample.disk_details[i].layers = self.layers.compare(&disk.target, &self.sample.disks[i]);
         }
         put_memory(&mut self.sample.memory, &stats.balloon);
         self.sample.balloon_updated_s = stats.balloon.last_update_s;

@@ -7,6 +7,7 @@ mod classes;
 mod disks;
 mod domain;
 mod drives;
+mod layers;
 mod nics;
 
 use std::{

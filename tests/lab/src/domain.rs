@@ -69,6 +69,12 @@ pub enum ImageFormat {
     Raw,
     /// Nothing is allocated.
     Qcow2,
+    /// Nothing is allocated, and a raw image in which every block is written lies below.
+    Qcow2OnRaw,
+    /// A loop device over such a raw image.
+    LoopDevice,
+    /// A device-mapper device (`dm-linear`) over such a loop device; needs `dmsetup` and a kernel with device-mapper.
+    MappedDevice,
 }
 
 /// A network interface of type `ethernet`: a tap in the lab's network namespace.
@@ -157,8 +163,16 @@ impl NicSpec {
 impl ImageFormat {
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
+            Self::Raw | Self::LoopDevice | Self::MappedDevice => "raw",
+            Self::Qcow2 | Self::Qcow2OnRaw => "qcow2",
+        }
+    }
+
+    /// Type of the disk and attribute of its source, as libvirt has them.
+    fn source(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Raw | Self::Qcow2 | Self::Qcow2OnRaw => ("file", "file"),
+            Self::LoopDevice | Self::MappedDevice => ("block", "dev"),
         }
     }
 }
@@ -241,11 +255,12 @@ fn threads_xml(spec: &GuestSpec) -> String {
 
 fn disk_xml(disk: &DiskSpec, image: &Path) -> String {
     let iothread = disk.iothread.map(|number| format!(" iothread='{number}'")).unwrap_or_default();
+    let (kind, attribute) = disk.format.source();
     format!(
         "
-  <disk type='file' device='disk'>
+  <disk type='{kind}' device='disk'>
    <driver name='qemu' type='{}' cache='{}' io='{}' discard='unmap'{iothread}/>
-   <source file='{}'/><target dev='{}' bus='virtio'/></disk>",
+   <source {attribute}='{}'/><target dev='{}' bus='virtio'/></disk>",
         disk.format.name(),
         disk.cache,
         disk.io,

@@ -8,6 +8,7 @@
 //! overview; `tests/guest` is the program inside the guest. Needs root, bash, `ip`, libvirt and QEMU.
 
 mod console;
+mod device;
 mod domain;
 mod guest;
 mod host;
@@ -37,6 +38,7 @@ pub use guest::{Guest, Which};
 pub use host::{Hog, ThreadTime, UdpSink, monotonic_ns, process_exists, send_datagrams, thread_time};
 
 use console::Console;
+use device::Device;
 use space::Space;
 use supervisor::Supervisor;
 
@@ -116,8 +118,10 @@ pub struct Lab {
 
 #[derive(Debug)]
 struct State {
+    // Ended first: its processes hold the devices.
     supervisor: Supervisor,
     libvirtd: Option<Pid>,
+    devices: Vec<Device>,
 }
 
 impl Lab {
@@ -147,7 +151,7 @@ impl Lab {
             }
         };
         let space = Arc::new(Space::of(supervisor.pid()));
-        let state = Mutex::new(State { supervisor, libvirtd: None });
+        let state = Mutex::new(State { supervisor, libvirtd: None, devices: Vec::new() });
         let accelerator = dirs.accelerator;
         let lab = Self { state, space, scratch, kernel, initrd, program, accelerator };
         lab.start_libvirtd()?;
@@ -281,11 +285,25 @@ impl Lab {
 
     fn make_image(&self, guest: &str, disk: &DiskSpec) -> Result<PathBuf> {
         let path = self.scratch.join(format!("{guest}-{}.{}", disk.target, disk.format.name()));
+        let below = self.scratch.join(format!("{guest}-{}-below.raw", disk.target));
         match disk.format {
-            ImageFormat::Raw => image::write_raw(&path, disk.size_bytes),
-            ImageFormat::Qcow2 => image::write_qcow2(&path, disk.size_bytes),
+            ImageFormat::Raw | ImageFormat::LoopDevice | ImageFormat::MappedDevice => {
+                image::write_raw(&path, disk.size_bytes)
+            }
+            ImageFormat::Qcow2 => image::write_qcow2(&path, disk.size_bytes, None),
+            ImageFormat::Qcow2OnRaw => image::write_raw(&below, disk.size_bytes)
+                .and_then(|()| image::write_qcow2(&path, disk.size_bytes, Some(&below))),
         }
         .with_context(|| format!("cannot write the image {}", path.display()))?;
+        let device = match disk.format {
+            ImageFormat::Raw | ImageFormat::Qcow2 | ImageFormat::Qcow2OnRaw => return Ok(path),
+            ImageFormat::LoopDevice => Device::over_file(&path)?,
+            ImageFormat::MappedDevice => {
+                Device::mapped(&path, &format!("{}-{guest}-{}", unique_name(), disk.target))?
+            }
+        };
+        let path = device.path().to_path_buf();
+        self.state().devices.push(device);
         Ok(path)
     }
 

@@ -8,13 +8,13 @@ use aya::{
     programs::{BtfTracePoint, ProgramError, tp_btf::BtfTracePointLinkId},
 };
 use monitor_ebpf::{
-    FLIGHT_GROUPS, FLIGHT_PLACES, Flight, FlightKeys, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
+    ANY_PROCESS, FLIGHT_GROUPS, FLIGHT_PLACES, Flight, FlightKeys, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
     IMAGE_TABLE_PROBES, IMAGES, ImageEntry, ImageTable, PROCESS_FILTER_BITS, ProcessFilter,
 };
 
 use super::{
     EbpfError,
-    images::{Hook, Image, ImageHistograms, ImageKey, Plan},
+    images::{Below, Counted, Hook, Image, ImageHistograms, ImageKey, Latencies, Plan},
     map,
     mapped::{Mapped, change_bit},
     probes::{Probe, ProbeState},
@@ -29,6 +29,8 @@ pub struct ImageSlot {
     histograms: Option<u32>,
     key: ImageKey,
     plan: Plan,
+    /// Of the device below, where it is counted apart: place and place of the histograms.
+    below: Option<(u32, Option<u32>)>,
 }
 
 impl ImageSlot {
@@ -42,6 +44,20 @@ impl ImageSlot {
     #[must_use]
     pub fn plan(&self) -> Plan {
         self.plan
+    }
+
+    /// Whether the share of the host's device is counted.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub fn below(&self) -> Result<(), &'static str> {
+        match self.plan.below {
+            Below::NotAttributable(reason) => Err(reason),
+            Below::Process | Below::Cached if self.below.is_none() => {
+                Err("no room in the kernel tables for the device's share")
+            }
+            Below::Same | Below::Process | Below::Cached => Ok(()),
+        }
     }
 }
 
@@ -140,35 +156,63 @@ impl Block {
             plan.hooks().for_each(|hook| self.release(object, hook));
             return Err(full);
         };
-        let histograms = self.histogram_places.take(IMAGE_HISTOGRAMS);
-        if let Some(histograms) = histograms {
-            self.histograms.set(histograms as usize, ImageHistograms::ZERO);
-        }
+        let histograms = self.take_histograms();
+        let below = self.place_below(plan);
         let image = Image {
             counted_by: plan.counted_by(),
             histograms: histograms.map_or(0, |place| place + 1),
+            below: below.map_or(0, |(place, _)| place + 1),
             ..Image::ZERO
         };
         self.images.set(place as usize, image);
+        self.enter(entry, key, place);
+        if plan.below == Below::Cached {
+            self.enter_for_kernel(key, place);
+        }
+        Ok(ImageSlot { place, histograms, key, plan, below })
+    }
+
+    /// Room for what the device below is asked for, if it is to be counted apart and there is some.
+    fn place_below(&mut self, plan: Plan) -> Option<(u32, Option<u32>)> {
+        if !matches!(plan.below, Below::Process | Below::Cached) {
+            return None;
+        }
+        let place = self.places.take(IMAGES)?;
+        let histograms = self.take_histograms();
+        let image = Image { histograms: histograms.map_or(0, |place| place + 1), ..Image::ZERO };
+        self.images.set(place as usize, image);
+        Some((place, histograms))
+    }
+
+    fn take_histograms(&mut self) -> Option<u32> {
+        let place = self.histogram_places.take(IMAGE_HISTOGRAMS)?;
+        self.histograms.set(place as usize, ImageHistograms::ZERO);
+        Some(place)
+    }
+
+    /// Lets the programs find an image.
+    fn enter(&mut self, entry: usize, key: ImageKey, place: u32) {
         let word = |word| self.table.word(entry * ENTRY_WORDS + word);
         word(1).store(key.inode, Ordering::Relaxed);
         word(2).store(u64::from(key.tgid) << 32 | u64::from(key.device), Ordering::Release);
         word(0).store(u64::from(place) + 1, Ordering::Release);
-        let bit = key.tgid % PROCESS_FILTER_BITS;
-        change_bit(self.filter.word((bit / 64) as usize), bit % 64, true);
+        self.change_filter(key.tgid, true);
         self.watched.push(key);
-        Ok(ImageSlot { place, histograms, key, plan })
     }
 
-    /// Stops watching an image: detaches what no other needs, and forgets its requests in flight. Returns what was
-    /// counted in the end.
-    pub(super) fn unwatch(
-        &mut self,
-        object: &mut Object,
-        slot: ImageSlot,
-    ) -> (Image, Option<ImageHistograms>) {
-        let key = slot.key;
-        if let Some(entry) = self.entries(key).find(|entry| self.key_of(*entry) == Some(key)) {
+    /// Lets them find it from the kernel's threads too: the first of several that have it open, as images that more
+    /// than one writes to are beyond attribution.
+    fn enter_for_kernel(&mut self, key: ImageKey, place: u32) {
+        let key = ImageKey { tgid: ANY_PROCESS, ..key };
+        if self.entry_of(key).is_none()
+            && let Some(entry) = self.free_entry(key)
+        {
+            self.enter(entry, key, place);
+        }
+    }
+
+    fn leave(&mut self, key: ImageKey) {
+        if let Some(entry) = self.entry_of(key) {
             let word = |word| self.table.word(entry * ENTRY_WORDS + word);
             word(0).store(0, Ordering::Release);
             word(2).store(0, Ordering::Release);
@@ -176,25 +220,47 @@ impl Block {
         }
         self.watched.retain(|watched| *watched != key);
         if !self.watched.iter().any(|w| w.tgid % PROCESS_FILTER_BITS == key.tgid % PROCESS_FILTER_BITS) {
-            let bit = key.tgid % PROCESS_FILTER_BITS;
-            change_bit(self.filter.word((bit / 64) as usize), bit % 64, false);
+            self.change_filter(key.tgid, false);
+        }
+    }
+
+    fn change_filter(&self, tgid: u32, on: bool) {
+        let bit = tgid % PROCESS_FILTER_BITS;
+        change_bit(self.filter.word((bit / 64) as usize), bit % 64, on);
+    }
+
+    /// Stops watching an image: detaches what no other needs, and forgets its requests in flight. Returns what was
+    /// counted in the end.
+    pub(super) fn unwatch(&mut self, object: &mut Object, slot: ImageSlot) -> (Counted, Option<Latencies>) {
+        self.leave(slot.key);
+        let for_kernel = ImageKey { tgid: ANY_PROCESS, ..slot.key };
+        if self.entry_of(for_kernel).is_some_and(|entry| self.place_of(entry) == slot.place) {
+            self.leave(for_kernel);
         }
         slot.plan.hooks().for_each(|hook| self.release(object, hook));
-        self.forget_flights(slot.place);
-        let counted = (self.image(&slot), self.image_histograms(&slot));
+        let below = slot.below.map(|(place, _)| place);
+        self.forget_flights(|place| place == slot.place || Some(place) == below);
+        let counted = (self.image(&slot), self.latencies(&slot));
         self.places.give_back(slot.place);
         slot.histograms.into_iter().for_each(|place| self.histogram_places.give_back(place));
+        if let Some((place, histograms)) = slot.below {
+            self.places.give_back(place);
+            histograms.into_iter().for_each(|place| self.histogram_places.give_back(place));
+        }
         counted
     }
 
     /// What was counted for an image since it is watched.
-    pub(super) fn image(&self, slot: &ImageSlot) -> Image {
-        self.images.get(slot.place as usize)
+    pub(super) fn image(&self, slot: &ImageSlot) -> Counted {
+        let get = |place: u32| self.images.get(place as usize);
+        Counted { image: get(slot.place), below: slot.below.map(|(place, _)| get(place)) }
     }
 
     /// Its latencies, if they are kept.
-    pub(super) fn image_histograms(&self, slot: &ImageSlot) -> Option<ImageHistograms> {
-        slot.histograms.map(|place| self.histograms.get(place as usize))
+    pub(super) fn latencies(&self, slot: &ImageSlot) -> Option<Latencies> {
+        let get = |place: u32| Box::new(self.histograms.get(place as usize));
+        let below = slot.below.and_then(|(_, histograms)| histograms).map(get);
+        Some(Latencies { image: get(slot.histograms?), below })
     }
 
     /// Attaches the programs of a hook unless they are.
@@ -234,11 +300,11 @@ impl Block {
     }
 
     /// A request of an image that is no longer watched would never be taken out of the table.
-    fn forget_flights(&mut self, place: u32) {
+    fn forget_flights(&mut self, of: impl Fn(u32) -> bool) {
         for group in 0..FLIGHT_GROUPS as usize {
             for at in 0..FLIGHT_PLACES {
                 let key = self.flight_keys.word_of(group, at);
-                if key.load(Ordering::Acquire) != 0 && u32::from(self.flights.get(group)[at].slot) == place {
+                if key.load(Ordering::Acquire) != 0 && of(u32::from(self.flights.get(group)[at].slot)) {
                     key.store(0, Ordering::Release);
                 }
             }
@@ -252,6 +318,16 @@ impl Block {
 
     fn free_entry(&self, key: ImageKey) -> Option<usize> {
         self.entries(key).find(|entry| self.key_of(*entry).is_none())
+    }
+
+    fn entry_of(&self, key: ImageKey) -> Option<usize> {
+        self.entries(key).find(|entry| self.key_of(*entry) == Some(key))
+    }
+
+    /// The slot that an entry in use leads to.
+    fn place_of(&self, entry: usize) -> u32 {
+        let slot = self.table.word(entry * ENTRY_WORDS).load(Ordering::Acquire);
+        u32::try_from(slot.saturating_sub(1)).unwrap_or(u32::MAX)
     }
 
     fn key_of(&self, entry: usize) -> Option<ImageKey> {

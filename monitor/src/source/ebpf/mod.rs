@@ -32,8 +32,8 @@ pub use self::{
     exit_names::{exit_name, userspace_name},
     exits::{ExitReason, ExitReasons, KvmFigures},
     images::{
-        Aio, BLOCK_DEVICE, FLUSH, Hook, Image, ImageHistograms, ImageKey, ImageKind, Opened, Operation, Plan,
-        READ, WRITE,
+        Aio, BLOCK_DEVICE, Below, Counted, FLUSH, Hook, Image, ImageHistograms, ImageKey, ImageKind,
+        Latencies, Opened, Operation, Plan, READ, WRITE,
     },
     net::NicSlot,
     net_bench::NetYardstick,
@@ -524,20 +524,20 @@ impl Ebpf {
     }
 
     /// Stops counting; returns what was counted in the end. `None` where the disk probes do not run.
-    pub fn unwatch_image(&mut self, slot: ImageSlot) -> Option<(Image, Option<ImageHistograms>)> {
+    pub fn unwatch_image(&mut self, slot: ImageSlot) -> Option<(Counted, Option<Latencies>)> {
         Some(self.block.as_mut()?.unwatch(&mut self.object, slot))
     }
 
     /// What was counted for an image since it is watched.
     #[must_use]
-    pub fn image(&self, slot: &ImageSlot) -> Option<Image> {
+    pub fn image(&self, slot: &ImageSlot) -> Option<Counted> {
         Some(self.block.as_ref()?.image(slot))
     }
 
     /// The latencies of its requests since then, if they are kept. Counts are modulo 2³².
     #[must_use]
-    pub fn image_histograms(&self, slot: &ImageSlot) -> Option<ImageHistograms> {
-        self.block.as_ref()?.image_histograms(slot)
+    pub fn latencies(&self, slot: &ImageSlot) -> Option<Latencies> {
+        self.block.as_ref()?.latencies(slot)
     }
 }
 

@@ -204,6 +204,12 @@ pub const PROBES: &[Probe] = &[
         need: Need::Optional("requests on block devices are not seen"),
     },
     Probe {
+        program: "block_rq_complete",
+        attach: Attach::OnDemand(&["block_rq_complete"]),
+        group: ProbeGroup::Block,
+        need: Need::Optional("as without block_bio_queue"),
+    },
+    Probe {
         program: "block_bio_complete",
         attach: Attach::OnDemand(&["block_bio_complete"]),
         group: ProbeGroup::Block,
