@@ -4,6 +4,8 @@
 //! clock reads, which is why the empty program is measured in the same round. Exits are rehearsed: this thread runs the
 //! programs itself (`BPF_PROG_TEST_RUN`), with addresses where they find what they look for, so that it works where no guest
 //! mode is entered. Returns to user space are real ones as well. Figures of one run compare, figures of two do not.
+//!
+//! Before that, exits a second of a vCPU that does nothing else, with and without the probes.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -12,7 +14,10 @@
 )]
 #![expect(clippy::cast_precision_loss, reason = "averages")]
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use kvmex::{Irqchip, Machine, Round};
 use monitor::{
@@ -22,6 +27,8 @@ use monitor::{
 
 const ROUNDS: usize = 5;
 const RUNS: u32 = 5_000;
+/// Exits of a storm.
+const STORM: u32 = 20_000;
 const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Of the kernel's `arch/x86/kvm/trace.h`.
@@ -127,7 +134,47 @@ fn really(figures: &mut Figures) {
     }
 }
 
+/// Exits of an exit storm, with and without the probes, in turn: what a guest loses.
+fn storms() {
+    const PAIRS: usize = 5;
+    println!("exits a second of one vCPU that does nothing else, medians of {PAIRS} rounds each, in turn");
+    let kinds = [
+        ("cpuid, answered by KVM", Round { cpuids: STORM, ..Round::NONE }),
+        ("port I/O, answered by user space", Round { outs: STORM, ..Round::NONE }),
+    ];
+    for (kind, round) in kinds {
+        let machine = Machine::new(1, round, Irqchip::None).unwrap();
+        let storm = || {
+            let begin = Instant::now();
+            machine.begin();
+            machine.end(PATIENCE).unwrap();
+            f64::from(STORM) / begin.elapsed().as_secs_f64()
+        };
+        storm(); // Pages are there afterwards.
+        let mut per_s = [(); 3].map(|()| Vec::new());
+        for pair in 0..PAIRS {
+            eprintln!("{kind}: round {} of {PAIRS}", pair + 1);
+            per_s[0].push(storm());
+            let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
+            per_s[1].push(storm());
+            let _slot = ebpf.follow(Tid(machine.tids()[0]), Keep::TimesAndHistograms, None).unwrap();
+            ebpf.seed().unwrap();
+            per_s[2].push(storm());
+        }
+        let [without, unwatched, watched] = per_s.map(|mut values| {
+            values.sort_by(f64::total_cmp);
+            values[values.len() / 2]
+        });
+        println!(
+            "{kind:<34} without {without:>9.0}, not watched {unwatched:>9.0} ({:.3}), watched {watched:>9.0} ({:.3})",
+            unwatched / without,
+            watched / without
+        );
+    }
+}
+
 fn main() {
+    storms();
     let _counting = Counting::on();
     let mut figures = Figures::new();
     for round in 0..ROUNDS {

@@ -43,8 +43,8 @@ const MARK: &str = "lab-vm:";
 #[derive(Debug, PartialEq, Eq)]
 struct Request {
     series: Vec<&'static str>,
-    /// Part of the name of a test program or of a test.
-    filter: Option<String>,
+    /// Parts of the names of test programs or of tests.
+    filters: Vec<String>,
     /// No more than what `cargo xtask test` runs.
     short: bool,
     command: Vec<String>,
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &[String]) -> Result<bool> {
         return Ok(report.finish());
     }
     let mut succeeded = true;
-    let chosen = choose(&programs, request.filter.as_deref());
+    let chosen = choose(&programs, &request.filters);
     for series in request.series {
         if request.command.is_empty() {
             tests(&built, chosen.as_ref().map_err(|e| anyhow!("{e:#}"))?, (series, LIMIT), &mut report)?;
@@ -76,7 +76,8 @@ pub(crate) fn run(args: &[String]) -> Result<bool> {
 }
 
 fn parse(args: &[String]) -> Result<Request> {
-    let mut request = Request { series: SERIES.to_vec(), filter: None, short: false, command: Vec::new() };
+    let mut request =
+        Request { series: SERIES.to_vec(), filters: Vec::new(), short: false, command: Vec::new() };
     let mut args = args.iter();
     while let Some(option) = args.next() {
         match option.as_str() {
@@ -90,15 +91,15 @@ fn parse(args: &[String]) -> Result<Request> {
                 request.series.retain(|series| wanted == "all" || series == wanted);
                 ensure!(!request.series.is_empty(), "--kernel is one of {} or all", SERIES.join(", "));
             }
-            "--filter" => request.filter = Some(args.next().context("--filter needs a name")?.clone()),
+            "--filter" => request.filters.push(args.next().context("--filter needs a name")?.clone()),
             "--short" => request.short = true,
             other => bail!("lab takes --kernel, --filter, --short and --, not `{other}`"),
         }
     }
     let chosen =
-        request.filter.is_some() || request.series.len() < SERIES.len() || !request.command.is_empty();
+        !request.filters.is_empty() || request.series.len() < SERIES.len() || !request.command.is_empty();
     ensure!(!request.short || !chosen, "--short chooses kernel and tests itself");
-    ensure!(request.filter.is_none() || request.command.is_empty(), "--filter chooses tests, not commands");
+    ensure!(request.filters.is_empty() || request.command.is_empty(), "--filter chooses tests, not commands");
     Ok(request)
 }
 
@@ -239,20 +240,27 @@ impl Kept {
     }
 }
 
-/// The programs whose name has the filter in it; or all, with it as the filter of their tests.
-fn choose<'p>(programs: &'p [TestProgram], filter: Option<&str>) -> Result<Vec<(&'p TestProgram, String)>> {
-    let Some(filter) = filter else { return Ok(programs.iter().map(|p| (p, String::new())).collect()) };
-    let named: Vec<_> = programs.iter().filter(|p| p.name.contains(filter)).collect();
-    if !named.is_empty() {
-        return Ok(named.into_iter().map(|p| (p, String::new())).collect());
+/// For each filter, the programs whose name has it; or all, with it as the filter of their tests.
+fn choose<'p>(programs: &'p [TestProgram], filters: &[String]) -> Result<Vec<(&'p TestProgram, String)>> {
+    if filters.is_empty() {
+        return Ok(programs.iter().map(|p| (p, String::new())).collect());
     }
-    let mut chosen = Vec::new();
-    for program in programs {
-        if test::list(program)?.iter().any(|test| test.contains(filter)) {
-            chosen.push((program, filter.to_owned()));
+    let mut chosen: Vec<(&TestProgram, String)> = Vec::new();
+    for filter in filters {
+        let named: Vec<_> = programs.iter().filter(|p| p.name.contains(filter)).collect();
+        let before = chosen.len();
+        chosen.extend(named.iter().map(|program| (*program, String::new())));
+        for program in programs.iter().filter(|_| named.is_empty()) {
+            if test::list(program)?.iter().any(|test| test.contains(filter)) {
+                chosen.push((program, filter.clone()));
+            }
         }
+        ensure!(chosen.len() > before, "no live test has `{filter}` in its name");
     }
-    ensure!(!chosen.is_empty(), "no live test has `{filter}` in its name");
+    for (i, (program, _)) in chosen.iter().enumerate() {
+        let twice = chosen[..i].iter().any(|(earlier, _)| earlier.name == program.name);
+        ensure!(!twice, "{} is chosen by two filters", program.name);
+    }
     Ok(chosen)
 }
 
@@ -405,9 +413,12 @@ mod tests {
     #[test]
     fn a_request_names_kernels_and_tests_or_a_command() {
         let all = parsed(&[]).unwrap();
-        assert_eq!((all.series, all.filter, all.command.len()), (SERIES.to_vec(), None, 0));
-        let one = parsed(&["--kernel", "6.12", "--filter", "live_kvm"]).unwrap();
-        assert_eq!((one.series, one.filter.as_deref()), (vec!["6.12"], Some("live_kvm")));
+        assert_eq!((all.series, all.filters.len(), all.command.len()), (SERIES.to_vec(), 0, 0));
+        let one = parsed(&["--kernel", "6.12", "--filter", "live_kvm", "--filter", "live_net"]).unwrap();
+        assert_eq!(
+            (one.series, one.filters),
+            (vec!["6.12"], vec!["live_kvm".to_owned(), "live_net".to_owned()])
+        );
         assert_eq!(parsed(&["--kernel", "all", "--", "sh", "--kernel"]).unwrap().command, ["sh", "--kernel"]);
         for wrong in [
             &["--kernel", "5.4"][..],
