@@ -117,7 +117,8 @@ fn a_kvm_guest_with_vhost_is_counted_as_the_kernel_counts() {
     println!("all threads: {whole} ns, the classes sum to {sum} ns");
     assert!(sum <= whole && vhost < whole);
 
-    assert_eq!(sink.packets(), SENT);
+    // The receiver may be too slow for its socket; all of them have passed the tap.
+    assert!(sink.packets() > 0);
     let device = |name: &str| truth.total(&format!("net.eth0.{name}")).unwrap().unsigned_abs();
     for (metric, expected) in [
         ("tx_packets", SENT),
@@ -142,10 +143,13 @@ fn stand_still(lab: &Lab, guest: &Guest, run: &mut Run) -> Still {
     monitor_command(lab, &guest.name, "stop");
     loop {
         let (kvm_exits, vhost_run_ns) = (kvm_exits(guest.pid), run_ns(vhost));
-        let sample = fresh(run, "a sample", |r| r["vcpus"][0]["exits"]["ebpf"].is_u64());
+        let sample = fresh(run, "a sample", |r| {
+            r["vcpus"][0]["exits"]["ebpf"].is_u64() && r["cpu"]["vhost_run_ns"]["procfs"].is_u64()
+        });
         // The sample lies in between.
         if (kvm_exits, vhost_run_ns) == (self::kvm_exits(guest.pid), run_ns(vhost)) {
             monitor_command(lab, &guest.name, "cont");
+            assert_eq!(sample["cpu"]["vhost_run_ns"]["procfs"], vhost_run_ns, "{sample}");
             return Still { sample, kvm_exits, vhost_run_ns };
         }
     }

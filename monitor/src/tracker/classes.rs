@@ -22,16 +22,17 @@ pub(super) struct Classes {
 }
 
 impl Classes {
-    /// Looks at every thread of the process.
+    /// Looks at every thread of the process, and at kernel threads that work for it.
     pub(super) fn read(
         &mut self,
         root: &Path,
-        process: QemuProcess,
+        (process, others): (QemuProcess, impl Iterator<Item = QemuProcess>),
         buffer: &mut [u8],
     ) -> Result<ClassTimes, ProcfsError> {
         let ids = procfs::thread_ids(root, process)?;
         let mut now = HashMap::with_capacity(ids.len());
-        for tid in ids {
+        let others = others.map(|other| (other, other.tgid.0));
+        for (process, tid) in ids.into_iter().map(|tid| (process, tid)).chain(others) {
             match procfs::named_time(root, process, tid, buffer) {
                 Ok((comm, run)) => drop(now.insert(tid, (class_of(&comm), run.0))),
                 Err(error) if error.is_gone() => {}

@@ -9,7 +9,7 @@ use super::{
     nics::{Nic, is_same},
 };
 use crate::{
-    inventory::{Disk, Domain, DomainState, Vcpu},
+    inventory::{Disk, Domain, DomainState, QemuProcess, Vcpu},
     ledger::{Ledger, Parts, new_in_histogram},
     metric::{Metric, Scope},
     record::Subject,
@@ -41,8 +41,10 @@ pub struct Tracked {
     /// Samples written.
     pub seq: u64,
     pub(super) files: Option<ProcessReader>,
-    /// Follows the process as a whole, and the vhost kernel threads that work for it.
+    /// Follows the process as a whole.
     pub(super) processes: Vec<ProcessSlot>,
+    /// The vhost kernel threads that work for it, ended ones included (before Linux 6.4).
+    pub(super) vhosts: Vec<Vhost>,
     /// Its vCPU threads as siblings.
     pub(super) group: Option<GroupSlot>,
     classes: Classes,
@@ -78,6 +80,21 @@ pub(super) struct Slots {
     pub(super) images: Vec<ImageSlot>,
 }
 
+/// A vhost kernel thread.
+#[derive(Debug)]
+pub(super) struct Vhost {
+    thread: QemuProcess,
+    slot: Option<ProcessSlot>,
+    /// As of the last reading.
+    times: Option<ProcessTimes>,
+}
+
+impl Vhost {
+    pub(super) const fn new(thread: QemuProcess, slot: Option<ProcessSlot>) -> Self {
+        Self { thread, slot, times: None }
+    }
+}
+
 /// What reads one vCPU thread; in the order of `domain.vcpus`.
 #[derive(Debug, Default)]
 pub(super) struct Thread {
@@ -102,6 +119,7 @@ impl Tracked {
             seq: 0,
             files: None,
             processes: Vec::new(),
+            vhosts: Vec::new(),
             group: None,
             classes: Classes::default(),
             classes_at: None,
@@ -195,7 +213,10 @@ impl Tracked {
     pub(super) fn take_slots(&mut self) -> Slots {
         Slots {
             threads: self.threads.iter_mut().filter_map(|thread| std::mem::take(thread).slot).collect(),
-            processes: std::mem::take(&mut self.processes),
+            processes: {
+                let vhosts = std::mem::take(&mut self.vhosts).into_iter().filter_map(|vhost| vhost.slot);
+                std::mem::take(&mut self.processes).into_iter().chain(vhosts).collect()
+            },
             group: self.group.take(),
             nics: self.take_nic_slots(),
             images: self.disks.take_slots(),
@@ -285,7 +306,16 @@ impl Tracked {
                 None => return 0,
             }
         }
-        let Some(times) = sum else { return 0 };
+        let Some(mut times) = sum else { return 0 };
+        for vhost in &mut self.vhosts {
+            match vhost.slot.as_ref().and_then(|slot| ebpf.process_times(slot)) {
+                Some(Ok(now)) => vhost.times = Some(now),
+                Some(Err(Torn)) => return 1,
+                // It ended, and what it used stays.
+                None => {}
+            }
+            times = vhost.times.map_or(times, |vhost| times.plus(&vhost));
+        }
         let figures = [
             (Metric::CpuTime, times.time_ns),
             (Metric::CpuEmulatorRun, times.emulator_ns),
@@ -332,7 +362,7 @@ impl Tracked {
             return None;
         }
         self.classes_at = Some(begin);
-        let times = match self.classes.read(root, process, buffer) {
+        let times = match self.classes.read(root, (process, self.vhosts.iter().map(|v| v.thread)), buffer) {
             Ok(times) => times,
             Err(error) => return Some(Err(error)),
         };

@@ -16,7 +16,7 @@ use std::{
 };
 
 pub use self::domain::Tracked;
-use self::domain::{Names, Slots, Thread};
+use self::domain::{Names, Slots, Thread, Vhost};
 use crate::{
     inventory::{Domain, DomainState, FoundBy, MonitorState, Owner, QemuProcess},
     record::{Change, EventKind},
@@ -24,7 +24,7 @@ use crate::{
         ebpf::{Ebpf, EbpfError, Happened, Keep, NotFollowed, probes::ProbeGroup},
         libvirt::{DomainEvent, LibvirtSample, What},
         netdev::{CounterTable, Devices},
-        procfs::{self, FoundQemu, ProcessReader, Processes, PssReader, ThreadReader},
+        procfs::{self, FoundQemu, ProcessReader, Processes, PssReader, ThreadReader, VhostThread},
     },
     units::{DomainUuid, MonotonicNs, SourceKind, Tid, VcpuIndex},
 };
@@ -228,6 +228,7 @@ impl Tracker {
             Ok(changes) => {
                 changes.ended.iter().for_each(|p| self.process_ended(*p));
                 changes.started.into_iter().for_each(|found| self.process_found(found));
+                changes.vhosts.into_iter().for_each(|vhost| self.vhost_found(vhost));
             }
             Err(error) => self.count(SourceKind::Procfs).failed(&error),
         }
@@ -282,6 +283,13 @@ impl Tracker {
         self.look_at_interfaces(i);
         self.look_at_disks(i);
         self.changed(i, "QEMU process found");
+    }
+
+    fn vhost_found(&mut self, vhost: VhostThread) {
+        let owner = |t: &Tracked| t.domain.process.is_some_and(|process| process.tgid == vhost.owner);
+        let Some(i) = self.domains.iter().position(owner) else { return };
+        let slot = self.ebpf.as_mut().and_then(|ebpf| ebpf.follow_process(vhost.thread.tgid));
+        self.domains[i].vhosts.push(Vhost::new(vhost.thread, slot));
     }
 
     fn process_ended(&mut self, process: QemuProcess) {

@@ -76,6 +76,15 @@ pub struct FoundQemu {
     pub args: QemuArgs,
 }
 
+/// A kernel thread that moves packets for a QEMU process: before Linux 6.4, vhost's threads are none of QEMU's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VhostThread {
+    /// The thread, a process of its own.
+    pub thread: QemuProcess,
+    /// The process it works for, which stands in its name (`vhost_dev_set_owner()`).
+    pub owner: Tgid,
+}
+
 /// A new process is looked at this often before it is taken for something else than QEMU: right after the
 /// fork it still has its parent's command line.
 const LOOKS: u8 = 3;
@@ -101,6 +110,8 @@ pub struct ProcessChanges {
     pub started: Vec<FoundQemu>,
     /// QEMU processes that are gone.
     pub ended: Vec<QemuProcess>,
+    /// Kernel threads of vhost that are new.
+    pub vhosts: Vec<VhostThread>,
 }
 
 impl Processes {
@@ -128,7 +139,13 @@ impl Processes {
                     }
                     changes.started.push(found);
                 }
-                None => self.count_look(pid, round),
+                None => match self.vhost(pid) {
+                    Some(vhost) => {
+                        self.seen.insert(pid, Seen::Other { looks: LOOKS, round });
+                        changes.vhosts.push(vhost);
+                    }
+                    None => self.count_look(pid, round),
+                },
             }
         }
         self.seen.retain(|_, seen| match seen {
@@ -185,6 +202,25 @@ impl Processes {
         let args = parse_command_line(&process.cmdline().ok()?)?;
         let start_time_ticks = process.stat().ok()?.starttime;
         Some(FoundQemu { process: QemuProcess { tgid: Tgid(pid), start_time_ticks }, args })
+    }
+
+    /// A QEMU process id that is now another process has to end first.
+    fn vhost(&self, pid: u32) -> Option<VhostThread> {
+        /// The parent of every kernel thread but itself, by which no process can pass for one.
+        const KTHREADD: &[u8] = b"2";
+        if matches!(self.seen.get(&pid), Some(Seen::Qemu { .. })) {
+            return None;
+        }
+        let text = std::fs::read(self.root.join(pid.to_string()).join("stat")).ok()?;
+        let name = text.split(|byte| *byte == b'(').nth(1)?.strip_prefix(b"vhost-")?;
+        let owner = std::str::from_utf8(name.split(|byte| *byte == b')').next()?).ok()?.parse().ok()?;
+        let mut fields = stat_fields(&text)?;
+        let is_kernels = fields.nth(1)?.as_bytes() == KTHREADD;
+        let start_time_ticks = fields.nth(17)?.parse().ok()?;
+        is_kernels.then_some(VhostThread {
+            thread: QemuProcess { tgid: Tgid(pid), start_time_ticks },
+            owner: Tgid(owner),
+        })
     }
 }
 
@@ -469,6 +505,23 @@ mod tests {
         assert_eq!(processes.look(1).unwrap(), ProcessChanges::default());
         dir.process(7, "qemu-system-x86_64\0", 100);
         assert_eq!(processes.look(2).unwrap().started.len(), 1);
+    }
+
+    #[test]
+    fn a_kernel_thread_of_vhost_is_found_once_and_nobody_passes_for_one() {
+        let dir = tree(7, "qemu-system-x86_64\0", 100);
+        dir.process(8, "", 200);
+        dir.process(9, "", 300);
+        let stat = |pid: u32, parent: u32, start: u32| {
+            let text = format!("{pid} (vhost-7) S {parent} {}{start} 0 0", "0 ".repeat(17));
+            std::fs::write(dir.path().join(pid.to_string()).join("stat"), text).unwrap();
+        };
+        stat(8, 2, 200);
+        stat(9, 1, 300);
+        let mut processes = Processes::new(dir.path());
+        let thread = QemuProcess { tgid: Tgid(8), start_time_ticks: 200 };
+        assert_eq!(processes.look(1).unwrap().vhosts, [VhostThread { thread, owner: Tgid(7) }]);
+        assert_eq!(processes.look(2).unwrap(), ProcessChanges::default());
     }
 
     mod tempdir {
