@@ -28,6 +28,7 @@ mod support;
 const NAME: &str = "faults";
 const UUID: &str = "5ec0de00-0000-4000-8000-0000000000fa";
 const MORTAL: &str = "mortal";
+const NOBODY: u32 = 65534;
 const MORTAL_UUID: &str = "5ec0de00-0000-4000-8000-0000000000fb";
 /// What a run with kernel probes holds in the kernel.
 const PROGRAMS: [&str; 3] = ["sched_switch", "read_threads", "seed_threads"];
@@ -567,6 +568,46 @@ fn an_ordinary_user_with_few_capabilities_gets_everything() {
     let failed_as_root = as_root.stop().records[0]["probes"].as_array().unwrap().clone();
     let failed_as_root = failed_as_root.iter().filter(|p| p["state"] == "failed").count();
     assert_eq!(failed.count(), failed_as_root, "every probe that root can attach");
+}
+
+/// A user's own libvirt, which the connection starts: everything works that the user's rights allow, and what does not is
+/// named.
+#[test]
+fn a_users_own_libvirt_works_as_far_as_the_users_rights() {
+    let stage = stage();
+    let home = stage.lab.scratch().join("home");
+    fs::create_dir_all(&home).unwrap();
+    std::os::unix::fs::chown(&home, Some(NOBODY), Some(NOBODY)).unwrap();
+    let copy = stage.lab.scratch().join("kvm-monitor-of-user");
+    fs::copy(program(), &copy).unwrap();
+    let mut command = stage.lab.command("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"]).arg(&copy);
+    command
+        .env("HOME", &home)
+        .env("XDG_RUNTIME_DIR", &home)
+        .env_remove("XDG_CONFIG_HOME")
+        .env_remove("XDG_CACHE_HOME");
+    let args = [
+        "run",
+        "--connect",
+        "qemu:///session",
+        "--libvirt",
+        "require",
+        "--domain",
+        NAME,
+        "--interval",
+        "100ms",
+    ];
+    let mut run = Run::start(command, &args);
+    run.wait("figures of /proc", |r| is_sample_of(r, UUID) && r["vcpus"][0]["run_ns"]["procfs"].is_u64());
+    let ended = run.stop();
+    let sources = &ended.records[0]["sources"];
+    assert_eq!(sources["libvirt"]["details"]["uri"], "qemu:///session");
+    assert_eq!(
+        (&sources["libvirt"]["available"], &sources["ebpf"]["available"]),
+        (&true.into(), &false.into())
+    );
+    assert!(sources["ebpf"]["reason"].as_str().unwrap().contains("CAP_BPF"), "{sources}");
 }
 
 /// The wall clock is for people: a step of it is told, and changes nothing else.
