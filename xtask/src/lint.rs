@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::report::{Report, Verdict};
 use crate::setup::{self, Scope};
-use crate::{build, docs, ebpf, process};
+use crate::{build, docs, ebpf, paths, process};
 
 /// The subcommand: whether all checks passed.
 pub(crate) fn run(args: &[String]) -> Result<bool> {
@@ -19,6 +19,7 @@ pub(crate) fn checks(report: &mut Report) -> Result<()> {
     setup::ensure(Scope::Build)?;
     report.add("lint: formatting", format());
     report.add("lint: clippy on the host", streamed(host_clippy()));
+    report.add("lint: clippy without probes", streamed(probeless_clippy()));
     report.add("lint: clippy on the BPF target", bpf_clippy());
     report.add("lint: documentation builds", streamed(doc()));
     report.add("lint: generated documents are up to date", verdict(docs::check()));
@@ -47,6 +48,14 @@ fn format() -> Verdict {
 fn host_clippy() -> Result<()> {
     let mut cargo = build::host_cargo("clippy")?;
     cargo.args(["--workspace", "--all-targets", "--features", "monitor/live,lab/live", "--", "-Dwarnings"]);
+    process::run_tailed(&mut cargo)
+}
+
+/// The program has to build without kernel probes, too.
+fn probeless_clippy() -> Result<()> {
+    let mut cargo = build::cargo("clippy");
+    cargo.arg("--target-dir").arg(paths::target());
+    cargo.args(["--package", "monitor", "--no-default-features", "--lib", "--bins", "--", "-Dwarnings"]);
     process::run_tailed(&mut cargo)
 }
 

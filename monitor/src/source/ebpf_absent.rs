@@ -136,6 +136,18 @@ impl Ebpf {
 
     /// None exists.
     #[must_use]
+    pub fn verified(&self, _: &probes::Probe) -> Option<u32> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn load_time(&self, _: &probes::Probe) -> Option<std::time::Duration> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
     pub fn runs(&self) -> Vec<(&'static str, ProgramRuns)> {
         match *self {}
     }
