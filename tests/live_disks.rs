@@ -25,6 +25,8 @@ const SIZE: u64 = 4 << 20;
 const METADATA: u64 = 3 << 20;
 /// Reads of the firmware, which looks for something to boot before the guest's kernel starts.
 const FIRMWARE: (u64, u64) = (2, 8192);
+/// Measurements of one group of cells at most.
+const ATTEMPTS: usize = 4;
 /// Looks at the stream that a figure may take to settle.
 const LOOKS: usize = 50;
 /// The main loop, or an iothread.
@@ -158,8 +160,15 @@ fn guest(lab: &Lab, name: &str, cells: &[Cell]) -> Guest {
     lab.boot(&spec).unwrap()
 }
 
-/// Runs the guests at once under one monitor, and returns a row for each cell.
+/// Some hosts run no program in interrupts that find their first process running, and with it the end of a read may go
+/// unseen: a measurement that falls short is made again. A mistake falls short each time.
 fn measure(guests: &[(&str, Vec<Cell>)]) -> Vec<Value> {
+    let again = (1..ATTEMPTS).find_map(|_| std::panic::catch_unwind(|| measure_once(guests)).ok());
+    again.unwrap_or_else(|| measure_once(guests))
+}
+
+/// Runs the guests at once under one monitor, and returns a row for each cell.
+fn measure_once(guests: &[(&str, Vec<Cell>)]) -> Vec<Value> {
     let lab = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
     let booted: Vec<_> = guests.iter().map(|(name, cells)| guest(&lab, name, cells)).collect();
     let mut args =
