@@ -60,7 +60,7 @@ use Presence::{FileServer, PkgConfig, Program, PythonModule, StaticLibrary};
 use Scope::{Bench, Build, Guests};
 
 #[rustfmt::skip] // A table.
-const ITEMS: [Item; 23] = [
+const ITEMS: [Item; 24] = [
     Item { name: "cc", scope: Build, why: "links every Rust program", presence: Program("cc"),
            debian: "gcc libc6-dev", fedora: "gcc glibc-devel", arch: "gcc" },
     Item { name: "pkg-config", scope: Build, why: "finds the libvirt library", presence: Program("pkg-config"),
@@ -81,6 +81,8 @@ const ITEMS: [Item; 23] = [
            debian: "bpftool", fedora: "bpftool", arch: "bpf" },
     Item { name: "ip", scope: Guests, why: "makes the lab guest's network", presence: Program("ip"),
            debian: "iproute2", fedora: "iproute", arch: "iproute2" },
+    Item { name: "tc", scope: Guests, why: "makes a queueing discipline drop packets", presence: Program("tc"),
+           debian: "iproute2", fedora: "iproute-tc", arch: "iproute2" },
     Item { name: "unshare", scope: Guests, why: "gives the lab its own namespaces", presence: Program("unshare"),
            debian: "util-linux", fedora: "util-linux", arch: "util-linux" },
     Item { name: "nsenter", scope: Guests, why: "reaches into the lab's namespaces", presence: Program("nsenter"),
