@@ -285,7 +285,7 @@ fn a_constant_wait_is_said_to_be_kept_by_nobody_and_ceilometer_to_count_it_twice
         both("vcpus", "wait_ns", wait, wait),
         Figure { libvirt: says(|_| 0), ..figure("vcpus", "libvirt_wait_ns") },
     ]);
-    assert!(finding(&report, "not_kept").sentence.contains("constantly 0"));
+    assert!(finding(&report, "not_kept").explanation.contains("constantly 0"));
     let ceilometer = finding(&report, "ceilometer_wait");
     assert!(ceilometer.sentence.contains("25.") && ceilometer.amount > 1e9, "{ceilometer:?}");
     assert!(!report.summary.exceeded);

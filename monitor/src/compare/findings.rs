@@ -71,6 +71,7 @@ fn of_comparison(
 ) -> Vec<Finding> {
     let finding = |cause: &str, size: f64, sentence: String| Finding {
         cause: cause.to_owned(),
+        explanation: explanation_of(cause),
         verdict: comparison.verdict,
         source: comparison.other.to_owned(),
         places: vec![format!("{} {}", domain.name, entity.label)],
@@ -123,17 +124,25 @@ fn of_claim(domain: &DomainReport, truth: &TruthReport, claim: &ClaimReport) -> 
         amount(claim.value, truth.of)
     };
     let share = claim.difference_pct.map_or(String::new(), |p| format!(", {}", signed(percent(p))));
+    let cause = claim.causes.last().copied().unwrap_or("against_truth");
+    let explanation = explanation_of(cause);
+    // What the reason says beyond that.
+    let more =
+        match claim.reason.strip_suffix(explanation.as_str()).map_or(claim.reason.as_str(), str::trim_end) {
+            "" => String::new(),
+            more => format!(": {}", more.trim_end_matches(':')),
+        };
     let sentence = format!(
-        "{}: {} was {} by the guest's own account, {} says {says} ({}{share}): {}.",
+        "{}: {} was {} by the guest's own account, {} says {says} ({}{share}){more}.",
         domain.name,
         truth.quantity,
         amount(truth.truth, truth.of),
         claim.source,
         signed(amount(claim.difference, truth.of)),
-        claim.reason,
     );
     Some(Finding {
-        cause: claim.causes.last().copied().unwrap_or("against_truth").to_owned(),
+        cause: cause.to_owned(),
+        explanation,
         verdict: claim.verdict,
         source: claim.source.to_owned(),
         places: vec![format!("{} {}", domain.name, truth.quantity)],
@@ -144,30 +153,33 @@ fn of_claim(domain: &DomainReport, truth: &TruthReport, claim: &ClaimReport) -> 
     })
 }
 
+fn explanation_of(cause: &str) -> String {
+    Cause::ALL.into_iter().find(|c| c.name() == cause).map_or(String::new(), |c| c.explanation().to_owned())
+}
+
 fn sentence(
     what: &str,
     metric: &MetricReport,
     comparison: &ComparisonReport,
     (cause, size): (&str, &str),
 ) -> String {
-    let explanation = Cause::ALL.into_iter().find(|c| c.name() == cause).map_or("", Cause::explanation);
     let (other, reference) = (comparison.other, comparison.reference);
     let share = comparison.difference_pct.map_or(String::new(), |p| format!(", {}", percent(p)));
     match cause {
         "tick" | "open_run" | "open_wait" | "irq_time" => {
-            format!("{what}: {other} is up to {size} off {reference} at a reading: {explanation}.")
+            format!("{what}: {other} is up to {size} off {reference} at a reading.")
         }
         "backlog" | "qemu_open" | "qemu_flush" => {
-            format!("{what}: {reference} is up to {size} ahead of {other} at a reading: {explanation}.")
+            format!("{what}: {reference} is up to {size} ahead of {other} at a reading.")
         }
         "emulator_included" | "gso" | "cache_absorbed" | "not_kept" => format!(
-            "{what} {{{other}}} is {} beside {} of {} {{{reference}}} (difference {size}{share}): {explanation}.",
+            "{what} {{{other}}} is {} beside {} of {} {{{reference}}} (difference {size}{share}).",
             amount(comparison.other_total, metric.of),
             amount(comparison.reference_total, metric.of),
             comparison.reference_metric.unwrap_or(metric.metric),
         ),
         _ => format!(
-            "{what}: {other} has {}, {reference} {} (difference {}{share}): {explanation}.",
+            "{what}: {other} has {}, {reference} {} (difference {}{share}).",
             amount(comparison.other_total, metric.of),
             amount(comparison.reference_total, metric.of),
             amount(comparison.difference, metric.of),
@@ -229,6 +241,7 @@ fn ceilometer(domain: &DomainReport) -> Option<Finding> {
     };
     Some(Finding {
         cause: "ceilometer_wait".to_owned(),
+        explanation: "OpenStack's ceilometer adds libvirt's waiting time of each vCPU to its running time, and calls the sum CPU time".to_owned(),
         verdict: Verdict::Explained,
         source: SourceKind::Libvirt.name().to_owned(),
         places: vec![domain.name.clone()],
@@ -253,6 +266,7 @@ fn balloon(domain: &DomainReport, state: &DomainState) -> Option<Finding> {
     };
     Some(Finding {
         cause: Cause::StaleBalloon.name().to_owned(),
+        explanation: Cause::StaleBalloon.explanation().to_owned(),
         verdict: Verdict::Explained,
         source: SourceKind::Libvirt.name().to_owned(),
         places: vec![domain.name.clone()],

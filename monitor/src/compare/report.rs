@@ -157,8 +157,10 @@ pub struct Finding {
     pub amount: f64,
     /// `ns`, `bytes`, `count` or `s`.
     pub unit: &'static str,
-    /// In words.
+    /// In words: where, and how much.
     pub sentence: String,
+    /// What the cause is, in words; empty if the sentence says all.
+    pub explanation: String,
 }
 
 /// A domain.

@@ -81,15 +81,20 @@ fn findings(page: &mut String, report: &Report) {
         return;
     }
     page.push_str("<h2>Findings</h2>\n<ul class=\"findings\">\n");
-    for finding in &report.findings {
-        let class = if finding.verdict == Verdict::Disagree { "bad" } else { "fine" };
-        let also = format!("<small>{}</small>", escape(&table::more_places(finding)));
+    for group in table::findings(report, usize::MAX) {
+        let first = &group[0];
+        let class = if first.verdict == Verdict::Disagree { "bad" } else { "fine" };
         let _ = writeln!(
             page,
-            "<li><span class=\"tag {class}\">{}</span> {}{also}</li>",
-            escape(&finding.cause),
-            escape(&finding.sentence)
+            "<li><span class=\"tag {class}\">{}</span> {}\n<ul>",
+            escape(&first.cause),
+            escape(&first.explanation)
         );
+        for finding in group {
+            let also = format!("<small>{}</small>", escape(&table::more_places(finding)));
+            let _ = writeln!(page, "<li>{}{also}</li>", escape(&finding.sentence));
+        }
+        page.push_str("</ul></li>\n");
     }
     page.push_str("</ul>\n");
 }
@@ -210,11 +215,12 @@ fn table_row(page: &mut String, cells: &[String], right: std::ops::Range<usize>)
 
 /// Rows under what they are about; each verdict with its reason.
 fn comparisons(page: &mut String, rows: &[table::Row<'_>]) {
-    table_head(page, &table::COMPARISON_TITLES, &(1..7));
+    let titles: Vec<&str> = table::COMPARISON_TITLES.into_iter().filter(|t| *t != table::PER_TICK).collect();
+    table_head(page, &titles, &(1..6));
     let mut group = "";
     for row in rows {
         if row.of != group {
-            let columns = table::COMPARISON_TITLES.len();
+            let columns = titles.len();
             let _ =
                 writeln!(page, "<tr class=\"group\"><th colspan=\"{columns}\">{}</th></tr>", escape(row.of));
             group = row.of;
@@ -227,15 +233,21 @@ fn comparisons(page: &mut String, rows: &[table::Row<'_>]) {
         };
         let [cells @ .., verdict] = &row.cells;
         page.push_str("<tr>");
-        for (index, cell) in cells.iter().enumerate() {
+        let mut per_tick = String::new();
+        for (index, (cell, title)) in cells.iter().zip(table::COMPARISON_TITLES).enumerate() {
+            if title == table::PER_TICK {
+                per_tick = format!(" ({title}: {cell})");
+                continue;
+            }
             let align = if index > 0 { " class=\"n\"" } else { "" };
             let _ = write!(page, "<td{align}>{}</td>", escape(cell));
         }
         let _ = writeln!(
             page,
-            "<td class=\"v\"><span class=\"tag {class}\">{}</span> <small>{}</small></td></tr>",
+            "<td class=\"v\"><span class=\"tag {class}\">{}</span> <small>{}{}</small></td></tr>",
             escape(verdict),
-            escape(row.reason)
+            escape(row.reason),
+            escape(&per_tick)
         );
     }
     page.push_str("</tbody></table></div>\n");

@@ -22,9 +22,15 @@ pub(super) fn render(report: &Report) -> String {
     let _ = writeln!(text, "\n**{}**", escape(&table::overall(report)));
     if !report.findings.is_empty() {
         text.push_str("\n## Findings\n\n");
-        for finding in &report.findings {
-            let also = table::more_places(finding);
-            let _ = writeln!(text, "- **{}**: {}{}", finding.cause, escape(&finding.sentence), escape(&also));
+        for group in table::findings(report, usize::MAX) {
+            let first = &group[0];
+            let explanation =
+                if first.explanation.is_empty() { String::new() } else { format!(": {}", first.explanation) };
+            let _ = writeln!(text, "- **{}**{}", first.cause, escape(&explanation));
+            for finding in group {
+                let also = table::more_places(finding);
+                let _ = writeln!(text, "  - {}{}", escape(&finding.sentence), escape(&also));
+            }
         }
     }
     let _ = writeln!(text, "\n{}", table::COLUMNS);

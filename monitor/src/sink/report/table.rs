@@ -13,16 +13,10 @@ use crate::{
 };
 
 /// Titles of [`comparison_rows`].
-pub(super) const COMPARISON_TITLES: [&str; 8] = [
-    "metric",
-    "reference",
-    "other",
-    "difference",
-    "noticed from",
-    "per tick p50 / p99",
-    "unexplained",
-    "verdict",
-];
+pub(super) const COMPARISON_TITLES: [&str; 8] =
+    ["metric", "reference", "other", "difference", "noticed from", PER_TICK, "unexplained", "verdict"];
+/// The title of the column that is the least needed.
+pub(super) const PER_TICK: &str = "per tick p50 / p99";
 /// What the columns mean, for whoever reads the report for the first time.
 pub(super) const COLUMNS: &str = "Two sources are never read at the same moment, so their figures always differ. `agree`: all readings can be right at \
      once; a difference larger than `noticed from` would have shown. `explained`: they differ, and named causes account for all \
@@ -194,6 +188,12 @@ pub(super) fn rest(domain: &DomainReport) -> String {
     let nothing = metrics().flat_map(|m| &m.comparisons).filter(|c| is_nothing(c)).count();
     let only = metrics().filter(|m| m.answer.agreement == "only_source" && m.comparisons.is_empty()).count();
     format!("Not shown: {nothing} comparisons that agree on 0; {only} figures that have one source only.")
+}
+
+/// Findings of the same cause together, at most so many.
+pub(super) fn findings(report: &Report, most: usize) -> impl Iterator<Item = &[Finding]> {
+    let shown = &report.findings[..report.findings.len().min(most)];
+    shown.chunk_by(|a, b| (&a.cause, a.verdict, &a.explanation) == (&b.cause, b.verdict, &b.explanation))
 }
 
 /// Where else something was found.

@@ -54,10 +54,15 @@ fn findings(text: &mut String, report: &Report) {
         return;
     }
     text.push_str("\nFindings\n");
-    for finding in report.findings.iter().take(SHOWN) {
-        let mark = if finding.verdict == Verdict::Disagree { "!" } else { "-" };
-        let more = table::more_places(finding);
-        line(text, &format!("  {mark} {}: {}{more}", finding.cause, finding.sentence));
+    for group in table::findings(report, SHOWN) {
+        let first = &group[0];
+        let mark = if first.verdict == Verdict::Disagree { "!" } else { "-" };
+        let explanation =
+            if first.explanation.is_empty() { String::new() } else { format!(": {}", first.explanation) };
+        line(text, &format!("  {mark} {}{explanation}", first.cause));
+        for finding in group {
+            line(text, &format!("      {}{}", finding.sentence, table::more_places(finding)));
+        }
     }
     if let Some(more) = report.findings.len().checked_sub(SHOWN).filter(|n| *n > 0) {
         let _ = writeln!(text, "  … and {more} more: --format json has all of them.");
