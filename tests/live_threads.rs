@@ -125,6 +125,8 @@ fn every_thread_of_a_guest_is_accounted() {
     println!("co-stop of two busy vCPUs on one CPU: {rate:.3}");
     assert!(rate < 1.1, "{rate} s of co-stop per second");
 
+    check_ledger(&mut run);
+
     lab.virsh(&["setvcpus", NAME, "3", "--live"]).unwrap();
     let plugged = run.sample("the vCPU that was plugged in", |sample| {
         let third = sample["vcpus"].as_array()?.iter().find(|vcpu| vcpu["vcpu"] == 2)?;
@@ -134,4 +136,65 @@ fn every_thread_of_a_guest_is_accounted() {
     assert!(plugged.is_u64(), "{plugged}");
     let tids = guest.vcpu_tids().unwrap();
     assert!(tids.contains(&u32::try_from(plugged.as_u64().unwrap()).unwrap()), "{plugged} of {tids:?}");
+}
+
+/// A counter of the first vCPU.
+fn vcpu(sample: &Value, metric: &str) -> Option<u64> {
+    sample["vcpus"][0][metric]["ebpf"].as_u64()
+}
+
+/// Where the ledger of the first vCPU stands, in a sample.
+struct Stand {
+    /// When the kernel's figures were read, begin and end.
+    window: [u64; 2],
+    /// Run, interrupted, waiting and sleeping time.
+    sum: u64,
+    wait: u64,
+}
+
+impl Stand {
+    fn of(sample: &Value) -> Option<Self> {
+        let window = &sample["windows"]["ebpf"];
+        let parts = ["run_ns", "irq_ns", "wait_ns", "sleep_ns"].map(|part| vcpu(sample, part));
+        let [run, irq, wait, sleep] = parts;
+        Some(Self {
+            window: [window[0].as_u64()?, window[1].as_u64()?],
+            sum: run? + irq? + wait? + sleep?,
+            wait: wait?,
+        })
+    }
+}
+
+/// From sample to sample the ledger grows by the time that has passed, and what is charged is what was waited for, in the
+/// stream as it is written. Sums are compared where the vCPU runs, so that no wait is in progress.
+fn check_ledger(run: &mut Run) {
+    /// The scheduler's clock and `CLOCK_MONOTONIC` are compared to this, once a tick.
+    const CLOCK_ERROR_NS: u64 = 100_000;
+    let (mut last, mut begin, mut lists, mut intervals, mut charged) = (None::<Stand>, None, 0, 0, 0);
+    let (waited, charged) = run.sample("three seconds of the ledger", |sample| {
+        let now = Stand::of(sample)?;
+        if let Some(last) = &last {
+            let grown = now.sum - last.sum;
+            let least = now.window[0].saturating_sub(last.window[1] + CLOCK_ERROR_NS);
+            let most = now.window[1] - last.window[0] + CLOCK_ERROR_NS;
+            assert!((least..=most).contains(&grown), "{grown} ns of {least} to {most}: {sample}");
+            intervals += 1;
+        }
+        let wait = now.wait;
+        last = Some(now);
+        let list = sample["vcpus"][0]["preempted_by"].as_array()?;
+        charged += list.iter().map(|culprit| culprit["ns"].as_u64().unwrap()).sum::<u64>();
+        if sample["vcpus"][0]["state"] != "running" {
+            return None;
+        }
+        let Some(begin) = begin else {
+            (begin, charged) = (Some(wait), 0);
+            return None;
+        };
+        lists += 1;
+        (lists >= 3).then_some((wait - begin, charged))
+    });
+    println!("{intervals} intervals of the ledger; the vCPU waited {waited} ns and {charged} ns are charged");
+    assert!(waited > 100_000_000, "it hardly waited: nothing was tested");
+    assert!(charged.abs_diff(waited) <= waited / 100, "waited {waited} ns, charged {charged} ns");
 }

@@ -7,36 +7,41 @@
 //! is left waiting on that CPU (two or more are runnable). Only a CPU on which a followed thread was preempted or
 //! waited for several others writes its history, until user space says that it may stop; the others test one byte.
 
-use aya_ebpf::{bindings::BPF_F_MMAPABLE, helpers::bpf_get_smp_processor_id, macros::map, maps::Array};
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    bindings::BPF_F_MMAPABLE,
+    helpers::{bpf_get_smp_processor_id, generated::bpf_loop},
+    macros::map,
+    maps::Array,
+};
 use monitor_ebpf::{
-    Armed, CPUS, CULPRITS, ChargeTables, Charges, Culprit, HISTOGRAMS, History, KIND_IDLE, KIND_IRQ,
-    KIND_KERNEL, KIND_PROCESS, STINTS, Stint,
+    CPUS, CULPRITS, ChargeTables, Charges, Culprit, HISTOGRAMS, History, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
+    KIND_PROCESS, STINTS, Stint, Thread,
 };
 
 use crate::kernel::{Address, LAYOUT, load, offset, probe, run_queue};
-use crate::sched::{get, set};
+use crate::sched::{arm, get, set};
 
 #[map(name = "HISTORY")]
 static HISTORY: Array<History> = Array::with_max_entries(CPUS, 0);
-#[map(name = "ARMED")]
-static ARMED: Array<Armed> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "CHARGES")]
 static CHARGES: Array<ChargeTables> = Array::with_max_entries(HISTOGRAMS, BPF_F_MMAPABLE);
 
 /// `PF_KTHREAD` of `include/linux/sched.h`.
 const PF_KTHREAD: u32 = 0x0020_0000;
 /// Stints looked back at for one wait.
-const LOOK_BACK: u32 = 32;
+const LOOK_BACK: u32 = 255;
+/// The number that no culprit has: all places are taken.
+const NO_PLACE: u8 = 16;
+const _: () = assert!(LOOK_BACK as usize == STINTS - 1 && NO_PLACE as usize == CULPRITS);
 
-/// Writes down that `prev` leaves this CPU now, if a followed thread waited here lately and somebody is left waiting.
+/// Writes down that `prev` leaves this CPU now, where a followed thread waited lately, if somebody is left waiting.
 ///
 /// # Safety
 /// `prev` must be an argument of a BTF tracepoint.
-#[inline(always)]
+#[inline(never)]
 pub(crate) unsafe fn remember(prev: Address) {
-    if armed().is_none_or(|armed| *armed == 0) {
-        return;
-    }
     // SAFETY: by the caller.
     let rq = unsafe { run_queue(prev) };
     // SAFETY: loaded through the caller's pointer.
@@ -59,22 +64,6 @@ pub(crate) unsafe fn remember(prev: Address) {
     // SAFETY: by the caller.
     history.stints[place] = unsafe { stint(prev, load(rq, offset(&LAYOUT.rq_clock))) };
     history.count = history.count.wrapping_add(1);
-}
-
-/// From now on this CPU writes its history: a followed thread waits here.
-#[inline(always)]
-pub(crate) fn arm() {
-    if let Some(armed) = armed() {
-        *armed = 1;
-    }
-}
-
-#[inline(always)]
-fn armed() -> Option<&'static mut u8> {
-    // SAFETY: a valid map value; only this CPU sets its byte, and clearing it at the same time does no harm.
-    let armed = unsafe { ARMED.get_ptr_mut(0)?.as_mut()? };
-    // SAFETY: plain helper call.
-    armed.0.get_mut(unsafe { bpf_get_smp_processor_id() } as usize)
 }
 
 /// The stint of `prev`, which ends now.
@@ -121,88 +110,130 @@ unsafe fn left_out(prev: Address, ns: u64) -> u64 {
     if prio < FAIR { 0 } else { ns.saturating_sub(now.wrapping_sub(then)) }
 }
 
-/// Charges the wait of the thread that gets this CPU now: it was queued at `queued`, `prev` leaves.
+/// Charges the wait of the thread that gets this CPU now: it was queued at the first of the times, `prev` leaves at the
+/// second, the present.
 ///
 /// # Safety
 /// `prev` must be an argument of a BTF tracepoint.
 #[inline(always)]
-pub(crate) unsafe fn charge(place: u32, prev: Address, queued: u64, now: u64) {
+pub(crate) unsafe fn charge(thread: &mut Thread, place: u32, prev: Address, (queued, now): (u64, u64)) {
     // SAFETY: a valid map value; only the CPU that the thread enters changes it.
     let Some(tables) = (unsafe { CHARGES.get_ptr_mut(place).and_then(|t| t.as_mut()) }) else { return };
-    let charges = &mut tables.tables[tables.in_use as usize & 1];
+    let charges = &mut tables.tables[usize::from(get(&thread.table) & 1)];
     // SAFETY: by the caller.
     let stint = unsafe { stint(prev, now) };
     // The idle task has no begin, and whoever waited for it waited for it alone.
     let begin = if stint.tid == 0 || stint.begin_ns < queued { queued } else { stint.begin_ns };
-    add(charges, &stint, now.saturating_sub(begin));
+    let ns = now.saturating_sub(begin);
+    let likely = usize::from(get(&thread.likely));
+    match charges.culprits.get_mut(likely) {
+        Some(culprit) if stint.irq_ns == 0 && (culprit.kind, culprit.id) == who(&stint) => culprit.ns += ns,
+        _ => {
+            add(thread, charges, &stint, ns);
+            let found = get(&thread.found);
+            set(&mut thread.likely, found);
+        }
+    }
     if begin > queued {
         arm();
-        charge_history(charges, queued, begin);
+        charge_history(thread, charges, queued, begin);
     }
 }
 
 /// Charges the part of a wait before `until` to those who ran before.
 #[inline(never)]
-fn charge_history(charges: &mut Charges, queued: u64, mut until: u64) {
+fn charge_history(thread: &mut Thread, charges: &mut Charges, queued: u64, until: u64) {
     // SAFETY: plain helper call; a valid map value that only this CPU writes.
     let Some(history) = (unsafe { HISTORY.get_ptr(bpf_get_smp_processor_id()).and_then(|h| h.as_ref()) })
     else {
         return;
     };
-    let mut unknown = 0;
-    for back in 1..=LOOK_BACK {
-        let stint: &Stint = &history.stints[history.count.wrapping_sub(back) as usize % STINTS];
-        if stint.end_ns <= queued || stint.end_ns > until {
-            break;
-        }
-        unknown += until - stint.end_ns;
-        let begin = if stint.begin_ns > queued { stint.begin_ns } else { queued };
-        add(charges, stint, stint.end_ns.saturating_sub(begin));
-        until = begin;
-        if until <= queued {
-            break;
-        }
+    let mut search = Search { thread, charges, history, queued, until, unknown: 0 };
+    let callback: extern "C" fn(u64, &mut Search) -> u64 = charge_earlier;
+    // SAFETY: the callback has the prototype that `bpf_loop` calls, and the search outlives the call.
+    unsafe {
+        bpf_loop(LOOK_BACK, callback as *mut c_void, (&raw mut search).cast::<c_void>(), 0);
     }
-    charges.unknown_ns += unknown + until.saturating_sub(queued);
+    search.charges.unknown_ns += search.unknown + search.until.saturating_sub(queued);
+}
+
+/// Where the search for those who ran while a thread waited is.
+struct Search<'a> {
+    thread: &'a mut Thread,
+    charges: &'a mut Charges,
+    history: &'a History,
+    /// When the wait began.
+    queued: u64,
+    /// The wait from here on is charged.
+    until: u64,
+    /// Time for which nobody is known.
+    unknown: u64,
+}
+
+/// Called by `bpf_loop` for each stint, the last first; not 0 ends the loop.
+extern "C" fn charge_earlier(back: u64, search: &mut Search<'_>) -> u64 {
+    let (history, Ok(back)) = (search.history, u32::try_from(back)) else { return 1 };
+    let stint: &Stint = &history.stints[history.count.wrapping_sub(back + 1) as usize % STINTS];
+    if stint.end_ns <= search.queued || stint.end_ns > search.until {
+        return 1;
+    }
+    search.unknown += search.until - stint.end_ns;
+    let begin = if stint.begin_ns > search.queued { stint.begin_ns } else { search.queued };
+    add(search.thread, search.charges, stint, stint.end_ns.saturating_sub(begin));
+    search.until = begin;
+    u64::from(begin <= search.queued)
 }
 
 /// Adds the `ns` of a stint that somebody waited for to who had it, and to interrupts what they took of it, evenly spread.
 #[inline(never)]
-fn add(charges: &mut Charges, stint: &Stint, ns: u64) {
+fn add(thread: &mut Thread, charges: &mut Charges, stint: &Stint, ns: u64) {
     let length = stint.end_ns.wrapping_sub(stint.begin_ns);
     let irq = if stint.irq_ns == 0 || ns >= length { stint.irq_ns } else { stint.irq_ns * ns / length };
     let irq = if irq < ns { irq } else { ns };
-    let (kind, id) = if stint.tid == 0 {
+    if irq > 0 {
+        add_to(thread, charges, None, Share { kind: KIND_IRQ, id: 0, ns: irq });
+    }
+    let (kind, id) = who(stint);
+    add_to(thread, charges, Some(stint), Share { kind, id, ns: ns - irq });
+}
+
+/// What somebody had of a wait.
+struct Share {
+    kind: u32,
+    id: u32,
+    ns: u64,
+}
+
+/// Kind and id of who had the CPU.
+#[inline(always)]
+fn who(stint: &Stint) -> (u32, u32) {
+    if stint.tid == 0 {
         (KIND_IDLE, 0)
     } else if stint.flags & PF_KTHREAD != 0 {
         (KIND_KERNEL, stint.tid)
     } else {
         (KIND_PROCESS, stint.tgid)
-    };
-    add_to(charges, Some(stint), (kind, id), ns - irq);
-    if irq > 0 {
-        add_to(charges, None, (KIND_IRQ, 0), irq);
     }
 }
 
 /// The name is read through `bpf_probe_read_kernel`: a task of the history may be gone, and then has none.
 #[inline(always)]
-fn add_to(charges: &mut Charges, stint: Option<&Stint>, (kind, id): (u32, u32), ns: u64) {
-    let is_theirs = |culprit: &Culprit| culprit.ns == 0 || culprit.id == id && culprit.kind == kind;
-    let mut place = CULPRITS as u64;
-    for i in 0..CULPRITS {
-        if is_theirs(&charges.culprits[i]) {
-            place = i as u64;
+fn add_to(thread: &mut Thread, charges: &mut Charges, stint: Option<&Stint>, share: Share) {
+    let Share { kind, id, ns } = share;
+    let is_theirs = |culprit: &Culprit| culprit.kind == 0 || culprit.id == id && culprit.kind == kind;
+    let mut place = NO_PLACE;
+    for i in 0..NO_PLACE {
+        if is_theirs(&charges.culprits[usize::from(i)]) {
+            place = i;
             break;
         }
     }
-    set(&mut charges.found, place);
-    let place = usize::try_from(get(&charges.found)).unwrap_or(CULPRITS);
-    let Some(culprit) = charges.culprits.get_mut(place) else {
+    set(&mut thread.found, place);
+    let Some(culprit) = charges.culprits.get_mut(usize::from(get(&thread.found))) else {
         charges.other_ns += ns;
         return;
     };
-    if culprit.ns == 0 {
+    if culprit.kind == 0 {
         culprit.id = id;
         culprit.kind = kind;
         culprit.comm = stint.map_or([0; 16], comm);

@@ -22,16 +22,17 @@ pub const FILTER_WORDS: usize = (FILTER_BITS / 64) as usize;
 pub const TABLE_ENTRIES: usize = 1 << TABLE_ENTRIES_LOG2;
 const TABLE_ENTRIES_LOG2: u32 = 15;
 /// Neighbouring entries looked at for one thread id, in user space and in the kernel alike.
-pub const TABLE_PROBES: u32 = 8;
+pub const TABLE_PROBES: u32 = 16;
 /// Threads that can be followed at once, a quarter of [`TABLE_ENTRIES`] so that probing stays short.
 pub const THREADS: u32 = 8_192;
 /// Threads that one run of the `read_threads` program reads; its arguments are `[first slot]`.
 pub const READ_BATCH: u32 = 64;
 
-/// Where the search for a thread id begins in the table (Fibonacci hashing).
+/// Where the search for a thread id begins in the table: Fibonacci hashing of groups of four ids, because threads that
+/// were made one after the other, such as the vCPUs of a VM, wait for each other and are best in the same cache line.
 #[must_use]
 pub const fn table_start(tid: u32) -> u32 {
-    tid.wrapping_mul(0x9E37_79B1) >> (32 - TABLE_ENTRIES_LOG2)
+    ((tid >> 2).wrapping_mul(0x9E37_79B1) >> (34 - TABLE_ENTRIES_LOG2)) << 2 | tid & 3
 }
 
 /// A table entry: the thread id in the upper half, its slot in the lower. 0 is a free entry, since no
@@ -47,10 +48,16 @@ pub const fn table_slot(entry: u64, tid: u32) -> Option<u32> {
     if entry >> 32 == tid as u64 { Some((entry & 0xffff_ffff) as u32) } else { None }
 }
 
-/// The first-stage filter, one bit per thread id modulo [`FILTER_BITS`].
-#[repr(transparent)]
+/// What every switch of the host looks at, in one map, because each look-up costs.
+#[repr(C)]
 #[derive(Clone, Copy)]
-pub struct Filter(pub [u64; FILTER_WORDS]);
+pub struct Filter {
+    /// One bit per thread id modulo [`FILTER_BITS`].
+    pub threads: [u64; FILTER_WORDS],
+    /// CPUs whose history is being written: not 0 while a followed thread waited there lately. A program sets it when it sees
+    /// such a wait, user space clears it from time to time, so that other CPUs pay nothing.
+    pub armed: [u8; CPUS as usize],
+}
 
 /// The table from thread id to slot, see [`table_entry`].
 #[repr(transparent)]
@@ -70,7 +77,14 @@ pub struct Thread {
     /// Odd while a switch changes what follows, and different after it.
     pub sequence: u32,
     /// One of the `STATE_…` numbers, as of the last switch.
-    pub state: u32,
+    pub state: u8,
+    /// Which of its two [`ChargeTables`] is in use, 0 or 1; written by user space.
+    pub table: u8,
+    /// Where the programs put the number of a culprit, to read it back as one the verifier knows nothing of: else Linux
+    /// 6.1 follows every number of every stint to its end, and gives up after a million instructions.
+    pub found: u8,
+    /// Number of the culprit that was charged last, if any: it will be charged again.
+    pub likely: u8,
     /// Place of its histograms and charges, plus 1; 0 = none are kept; or [`CLOCK_THREAD`].
     pub histograms: u32,
     /// Scheduler clock at the last switch, nanoseconds; 0 = not switched yet.
@@ -113,6 +127,9 @@ impl Thread {
         tid: 0,
         sequence: 0,
         state: STATE_UNKNOWN,
+        table: 0,
+        found: 0,
+        likely: 0,
         histograms: 0,
         since_ns: 0,
         run_ns: 0,
@@ -137,15 +154,15 @@ impl Thread {
 pub const CLOCK_THREAD: u32 = u32::MAX;
 
 /// Not switched since it is followed; `task_struct.on_cpu` decides.
-pub const STATE_UNKNOWN: u32 = 0;
+pub const STATE_UNKNOWN: u8 = 0;
 /// Entered a CPU at its last switch.
-pub const STATE_ON_CPU: u32 = 1;
+pub const STATE_ON_CPU: u8 = 1;
 /// Left its CPU at its last switch, to sleep.
-pub const STATE_SLEEPING: u32 = 2;
+pub const STATE_SLEEPING: u8 = 2;
 /// Left its CPU at its last switch, but could have run on.
-pub const STATE_PREEMPTED: u32 = 3;
+pub const STATE_PREEMPTED: u8 = 3;
 /// Left its CPU at its last switch because the CFS quota of its cgroup was used up.
-pub const STATE_THROTTLED: u32 = 4;
+pub const STATE_THROTTLED: u8 = 4;
 
 /// Groups of siblings that can be kept at once.
 pub const GROUPS: u32 = 2_048;
@@ -161,11 +178,15 @@ pub struct Group {
     pub both_ns: u64,
     /// Scheduler clock at the last change of `members`.
     pub changed_ns: u64,
+    /// What `both_ns` was at the moment at which its members were read; [`Group::TORN`] if it could not be read.
+    pub read_ns: u64,
 }
 
 impl Group {
     /// Nobody.
-    pub const ZERO: Self = Self { members: 0, both_ns: 0, changed_ns: 0 };
+    pub const ZERO: Self = Self { members: 0, both_ns: 0, changed_ns: 0, read_ns: Self::TORN };
+    /// Not read, or it changed under every attempt to.
+    pub const TORN: u64 = u64::MAX;
     /// One that runs, in [`Group::members`].
     pub const RUNS: u64 = 1;
     /// One that waits.
@@ -174,7 +195,7 @@ impl Group {
     /// What a thread adds to [`Group::members`] in a state.
     #[must_use]
     #[inline(always)]
-    pub const fn share(state: u32) -> u64 {
+    pub const fn share(state: u8) -> u64 {
         match state {
             STATE_ON_CPU => Self::RUNS,
             STATE_PREEMPTED | STATE_THROTTLED => Self::WAITS,
@@ -366,9 +387,9 @@ pub const CULPRITS: usize = 16;
 pub struct Culprit {
     /// Process id, or thread id of a kernel thread; 0 for [`KIND_IDLE`] and [`KIND_IRQ`].
     pub id: u32,
-    /// [`KIND_PROCESS`], [`KIND_KERNEL`], [`KIND_IDLE`] or [`KIND_IRQ`].
+    /// [`KIND_PROCESS`], [`KIND_KERNEL`], [`KIND_IDLE`] or [`KIND_IRQ`]; 0 = this entry is free.
     pub kind: u32,
-    /// Time charged, nanoseconds by the scheduler clock; 0 = this entry is free.
+    /// Time charged, nanoseconds by the scheduler clock.
     pub ns: u64,
     /// Name of the thread that was charged first, as the kernel has it: up to a 0 byte.
     pub comm: [u8; 16],
@@ -394,9 +415,6 @@ pub struct Charges {
     /// Time waited for which nobody could be named, nanoseconds: on another CPU before a migration, or longer ago
     /// than the history reaches.
     pub unknown_ns: u64,
-    /// Where the programs put the number of a culprit, to read it back as one the verifier knows nothing of: else Linux
-    /// 6.1 follows every number of every stint to its end, and gives up after a million instructions.
-    pub found: u64,
 }
 
 impl Charges {
@@ -405,29 +423,25 @@ impl Charges {
         culprits: [Culprit { id: 0, kind: 0, ns: 0, comm: [0; 16] }; CULPRITS],
         other_ns: 0,
         unknown_ns: 0,
-        found: 0,
     };
 }
 
-/// Two tables for one thread: the programs charge to the one that user space chose, user space reads the other.
-#[repr(C)]
+/// Two tables for one thread: the programs charge to the one that user space chose ([`Thread::table`]), user space reads
+/// the other.
+#[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChargeTables {
-    /// The one in use, 0 or 1; written by user space.
-    pub in_use: u32,
-    /// Nothing; there is no padding.
-    pub reserved: u32,
     /// The tables.
     pub tables: [Charges; 2],
 }
 
 impl ChargeTables {
     /// Nothing charged.
-    pub const ZERO: Self = Self { in_use: 0, reserved: 0, tables: [Charges::ZERO; 2] };
+    pub const ZERO: Self = Self { tables: [Charges::ZERO; 2] };
 }
 
 /// Stints on one CPU that are remembered while somebody waits for it; a power of two.
-pub const STINTS: usize = 64;
+pub const STINTS: usize = 256;
 /// CPUs whose history is kept; waits on others have no culprits.
 pub const CPUS: u32 = 1_024;
 
@@ -452,12 +466,6 @@ pub struct Stint {
     /// Part of it that the task clock left out, nanoseconds.
     pub irq_ns: u64,
 }
-
-/// CPUs whose history is being written: one byte each, not 0 while a followed thread waited there lately. A program sets it
-/// when it sees such a wait, user space clears it from time to time, so that other CPUs pay nothing.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-pub struct Armed(pub [u8; CPUS as usize]);
 
 /// The last stints on one CPU that ended while somebody waited for it; only that CPU writes.
 #[repr(C)]
@@ -614,7 +622,7 @@ impl Layout {
 const _: () = assert!(size_of::<Thread>() == 128 && core::mem::offset_of!(Thread, migrations) == 64);
 const _: () = assert!(size_of::<Reading>() == 104);
 const _: () = assert!(size_of::<Clock>() == 40);
-const _: () = assert!(size_of::<Charges>() == 536 && size_of::<ChargeTables>() == 1080);
+const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1088);
 const _: () = assert!(size_of::<History>() == 8 + 48 * STINTS);
 const _: () = assert!(size_of::<Layout>() == 116);
 const _: () = assert!(THREADS as usize * 4 == TABLE_ENTRIES && THREADS.is_multiple_of(READ_BATCH));
@@ -627,6 +635,22 @@ mod tests {
     fn table_start_stays_inside_the_table() {
         for tid in [0, 1, 65_535, 65_536, 4_194_303, u32::MAX] {
             assert!((table_start(tid) as usize) < TABLE_ENTRIES, "{tid}");
+        }
+        let start = table_start(4_000_000);
+        assert!((0..4).all(|i| table_start(4_000_000 + i) == start + i), "neighbours are apart");
+    }
+
+    /// As many threads as can be followed, of processes with 64 each, find a place.
+    #[test]
+    fn the_table_has_room_for_all() {
+        let mut taken = [false; TABLE_ENTRIES];
+        for process in 0..THREADS / 64 {
+            for tid in (0..64).map(|i| 1000 + process * 331 + i) {
+                let entry = (0..TABLE_PROBES)
+                    .map(|i| (table_start(tid) + i) as usize % TABLE_ENTRIES)
+                    .find(|entry| !taken[*entry]);
+                taken[entry.unwrap()] = true;
+            }
         }
     }
 

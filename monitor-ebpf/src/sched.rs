@@ -5,10 +5,12 @@
 //! to date, so the switch only copies them. What lies after that moment, a run or a wait still in progress, is
 //! added by `read_threads` when user space asks.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
     EbpfContext,
     bindings::BPF_F_MMAPABLE,
-    helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns},
+    helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns, generated::bpf_loop},
     macros::{btf_tracepoint, map, raw_tracepoint},
     maps::Array,
     programs::{BtfTracePointContext, RawTracePointContext},
@@ -21,7 +23,7 @@ use monitor_ebpf::{
 };
 
 use crate::{
-    culprit::{arm, charge, remember},
+    culprit::{charge, remember},
     kernel::{Address, LAYOUT, load, offset, probe, run_queue},
     process::{add, fetch_add, note_process, thread_ended},
 };
@@ -50,23 +52,64 @@ static NODES: Nodes = [0; CPUS as usize + 1];
 ///
 /// For a followed `prev`: copies the kernel's run and wait time into its slot, adds the time on the CPU, counts, and
 /// adds the run and the wait before it to the histograms. For a followed `next`: charges its wait to who
-/// had the CPU, and notes that it is on one. For a `prev` that ends, see `thread_ended`. All times are nanoseconds. Everybody else pays one bit test each, and one
-/// byte test for the history of the CPU.
+/// had the CPU, and notes that it is on one. For a `prev` that ends, see `thread_ended`. All times are nanoseconds. Everybody
+/// else pays one bit test each, and one byte test for the history of the CPU; what they do not need is in functions of its
+/// own, so that they do not pay for its registers either.
 #[btf_tracepoint(function = "sched_switch")]
 pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
-    let prev: Address = ctx.arg(1);
-    let next: Address = ctx.arg(2);
+    // SAFETY: plain helper call.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    let Some(filter) = filter() else { return 0 };
+    let (prev, next): (Address, Address) = (ctx.arg(1), ctx.arg(2));
     // SAFETY: both are arguments of a BTF tracepoint.
     let (out, into) =
         unsafe { (load::<u32>(prev, offset(&LAYOUT.task_pid)), load::<u32>(next, offset(&LAYOUT.task_pid))) };
-    // SAFETY: a valid map value for the life of the program; user space changes whole words.
-    let Some(filter) = FILTER.get_ptr(0).map(|filter| unsafe { &*filter }) else { return 0 };
-    if may_be_followed(filter, out)
-        && let Some(thread) = followed(out)
+    let is_armed = filter.armed.get(cpu as usize).is_some_and(|armed| get(armed) != 0);
+    let (leaves, comes) = (may_be_followed(filter, out), may_be_followed(filter, into));
+    if leaves || comes || ctx.arg::<u32>(3) & TASK_DEAD != 0 {
+        let preempt = ctx.arg::<u32>(0) & 1;
+        let ways = (u32::from(leaves) * LEAVES) | (u32::from(comes) * COMES) | (preempt * PREEMPTED);
+        switched(ways, prev, next, ctx.arg(3));
+    }
+    if is_armed {
+        // Last, so that the history holds only what is over when a wait is charged.
+        // SAFETY: `prev` is an argument of a BTF tracepoint.
+        unsafe { remember(prev) };
+    }
+    0
+}
+
+/// The thread that leaves may be followed.
+const LEAVES: u32 = 1;
+/// The thread that comes may be.
+const COMES: u32 = 2;
+/// The thread that leaves could run on.
+const PREEMPTED: u32 = 4;
+
+/// A switch from or to a thread that may be followed, or from one that ends; see `sched_switch`.
+#[inline(never)]
+fn switched(ways: u32, prev: Address, next: Address, prev_state: u32) {
+    // SAFETY: both are arguments of a BTF tracepoint.
+    let (out, into) =
+        unsafe { (load::<u32>(prev, offset(&LAYOUT.task_pid)), load::<u32>(next, offset(&LAYOUT.task_pid))) };
+    let Some(table) = table() else { return };
+    // Both are looked up before anything is done for either: what is not in the cache comes while the rest is done.
+    let mut coming = if ways & COMES != 0 { find(table, into) } else { None };
+    let leaving = if ways & LEAVES != 0 { find(table, out) } else { None };
+    let now = clock(prev);
+    // SAFETY: `next` is an argument of a BTF tracepoint. `sched_info_arrive()` clears this just afterwards.
+    let queued: u64 = unsafe { load(next, offset(&LAYOUT.task_last_queued)) };
+    // First, because the verifier goes through all that follows once for each way that led there.
+    if let Some(thread) = &mut coming
+        && let (Some(place), true) = (thread.histograms.checked_sub(1), queued != 0 && queued < now)
     {
+        // SAFETY: `prev` is an argument of a BTF tracepoint.
+        unsafe { charge(thread, place, prev, (queued, now)) };
+    }
+    let mut groups = Groups { left: 0, left_step: 0, entered: 0, entered_step: 0 };
+    if let Some(thread) = leaving {
         // As the kernel decides between `nivcsw` and `nvcsw` in `__schedule()`.
-        let preempted = ctx.arg::<u32>(0) & 1 != 0 || ctx.arg::<u32>(3) == 0;
-        let now = clock(prev);
+        let preempted = ways & PREEMPTED != 0 || prev_state == 0;
         let state = match preempted {
             // SAFETY: `prev` is an argument of a BTF tracepoint.
             true if unsafe { is_throttled(prev) } => STATE_THROTTLED,
@@ -77,30 +120,28 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
             let before = throttled_time(prev as u64, now).unwrap_or(0);
             set(&mut thread.throttled_before_ns, before);
         }
+        groups.left = thread.group;
+        groups.left_step = Group::share(state).wrapping_sub(Group::share(thread.state));
         leave(thread, prev, now, state);
         if preempted {
             arm();
         }
     }
-    if may_be_followed(filter, into)
-        && let Some(thread) = followed(into)
-    {
-        let now = clock(prev);
-        // SAFETY: `next` is an argument of a BTF tracepoint. `sched_info_arrive()` clears this just afterwards.
-        let queued: u64 = unsafe { load(next, offset(&LAYOUT.task_last_queued)) };
-        if let (Some(place), true) = (thread.histograms.checked_sub(1), queued != 0 && queued < now) {
-            // SAFETY: `prev` is an argument of a BTF tracepoint.
-            unsafe { charge(place, prev, queued, now) };
+    if let Some(thread) = coming {
+        groups.entered = thread.group;
+        groups.entered_step = Group::share(STATE_ON_CPU).wrapping_sub(Group::share(thread.state));
+        if thread.state == STATE_SLEEPING
+            && queued != 0
+            && let Some(group) = group(thread.group)
+        {
+            waited(group, queued, now);
         }
-        enter(thread, next, queued, now);
+        enter(thread, next, now);
     }
-    if ctx.arg::<u32>(3) & TASK_DEAD != 0 {
+    groups.change(now);
+    if prev_state & TASK_DEAD != 0 {
         thread_ended(prev as u64);
     }
-    // Last, so that the history holds only what is over when a wait is charged.
-    // SAFETY: `prev` is an argument of a BTF tracepoint.
-    unsafe { remember(prev) };
-    0
 }
 
 /// `TASK_DEAD` of `include/linux/sched.h` (Linux 4.14): the thread never runs again.
@@ -114,7 +155,7 @@ fn clock(prev: Address) -> u64 {
 }
 
 #[inline(always)]
-fn leave(thread: &mut Thread, task: Address, now: u64, state: u32) {
+fn leave(thread: &mut Thread, task: Address, now: u64, state: u8) {
     // SAFETY: `task` is an argument of a BTF tracepoint.
     let (run, wait): (u64, u64) = unsafe {
         (load(task, offset(&LAYOUT.task_sum_exec_runtime)), load(task, offset(&LAYOUT.task_run_delay)))
@@ -140,7 +181,6 @@ fn leave(thread: &mut Thread, task: Address, now: u64, state: u32) {
     set(&mut thread.run_ns, run);
     set(&mut thread.wait_ns, wait);
     set(&mut thread.since_ns, now);
-    let was = thread.state;
     set(&mut thread.state, state);
     if state == STATE_SLEEPING {
         let yields = thread.yields.wrapping_add(1);
@@ -150,17 +190,13 @@ fn leave(thread: &mut Thread, task: Address, now: u64, state: u32) {
         set(&mut thread.preemptions, preemptions);
     }
     end(thread, sequence);
-    if let Some(group) = group(thread) {
-        change(group, was, state, now);
-    }
     if thread.histograms == CLOCK_THREAD {
         compare_clocks(now);
     }
 }
 
-/// `queued` is the scheduler clock when it began to wait.
 #[inline(always)]
-fn enter(thread: &mut Thread, task: Address, queued: u64, now: u64) {
+fn enter(thread: &mut Thread, task: Address, now: u64) {
     // SAFETY: plain helper call.
     let cpu = unsafe { bpf_get_smp_processor_id() };
     let was = thread.state;
@@ -183,12 +219,6 @@ fn enter(thread: &mut Thread, task: Address, queued: u64, now: u64) {
         set(&mut thread.last_cpu, cpu as u16 + 1);
     }
     end(thread, sequence);
-    if let Some(group) = group(thread) {
-        if was == STATE_SLEEPING && queued != 0 {
-            waited(group, queued, now);
-        }
-        change(group, was, STATE_ON_CPU, now);
-    }
     if thread.histograms == CLOCK_THREAD {
         compare_clocks(now);
     }
@@ -207,22 +237,47 @@ fn migrated(thread: &mut Thread, from: u32, to: u32) {
     }
 }
 
+/// The group at a place plus 1.
 #[inline(always)]
-fn group(thread: &Thread) -> Option<&'static mut Group> {
-    let place = u32::from(thread.group).checked_sub(1)?;
+fn group(place: u16) -> Option<&'static mut Group> {
+    let place = u32::from(place).checked_sub(1)?;
     // SAFETY: a valid map value; its fields are changed by volatile stores or atomic additions.
     unsafe { SIBLINGS.get_ptr_mut(place)?.as_mut() }
 }
 
-/// A member of the group goes from one state to another.
+/// The groups of the two threads of a switch, and what the switch adds to [`Group::members`] of each.
+struct Groups {
+    left: u16,
+    left_step: u64,
+    entered: u16,
+    entered_step: u64,
+}
+
+impl Groups {
+    /// A locked instruction waits for every store before it, so the two become one where they can.
+    #[inline(always)]
+    fn change(&mut self, now: u64) {
+        if self.left == self.entered {
+            self.entered_step = self.entered_step.wrapping_add(self.left_step);
+        } else if let Some(group) = group(self.left) {
+            change(group, self.left_step, now);
+        }
+        if let Some(group) = group(self.entered) {
+            change(group, self.entered_step, now);
+        }
+    }
+}
+
+/// Members of the group go from some states to others.
 #[inline(always)]
-fn change(group: &mut Group, was: u32, is: u32, now: u64) {
-    let step = Group::share(is).wrapping_sub(Group::share(was));
-    let before = fetch_add(&mut group.members, step);
-    match (Group::both(before), Group::both(before.wrapping_add(step))) {
-        (false, true) => add(&mut group.both_ns, now.wrapping_neg()),
-        (true, false) => add(&mut group.both_ns, now),
-        _ => {}
+fn change(group: &mut Group, step: u64, now: u64) {
+    if step != 0 {
+        let before = fetch_add(&mut group.members, step);
+        match (Group::both(before), Group::both(before.wrapping_add(step))) {
+            (false, true) => add(&mut group.both_ns, now.wrapping_neg()),
+            (true, false) => add(&mut group.both_ns, now),
+            _ => {}
+        }
     }
     set(&mut group.changed_ns, now);
 }
@@ -352,25 +407,52 @@ fn compare_clocks(sched: u64) {
     }
 }
 
+#[inline(always)]
+pub(crate) fn filter() -> Option<&'static Filter> {
+    // SAFETY: a valid map value for the life of the program; user space changes whole words.
+    FILTER.get_ptr(0).map(|filter| unsafe { &*filter })
+}
+
 /// One bit: whether it is worth looking for the thread in the table.
 #[inline(always)]
 fn may_be_followed(filter: &Filter, tid: u32) -> bool {
     let bit = tid % FILTER_BITS;
-    filter.0[(bit / 64) as usize] >> (bit % 64) & 1 != 0
+    filter.threads[(bit / 64) as usize] >> (bit % 64) & 1 != 0
 }
 
 /// The first look of [`may_be_followed`], for programs that look for one thread only.
 #[inline(always)]
 pub(crate) fn is_followed(tid: u32) -> bool {
+    filter().is_some_and(|filter| may_be_followed(filter, tid))
+}
+
+/// From now on this CPU writes its history: a followed thread waits here.
+#[inline(always)]
+pub(crate) fn arm() {
+    // SAFETY: a valid map value; only this CPU sets its byte, and clearing it at the same time does no harm.
+    let Some(filter) = (unsafe { FILTER.get_ptr_mut(0).and_then(|filter| filter.as_mut()) }) else { return };
+    // SAFETY: plain helper call.
+    if let Some(armed) = filter.armed.get_mut(unsafe { bpf_get_smp_processor_id() } as usize)
+        && get(armed) == 0
+    {
+        set(armed, 1);
+    }
+}
+
+#[inline(always)]
+fn table() -> Option<&'static Table> {
     // SAFETY: a valid map value for the life of the program; user space changes whole words.
-    FILTER.get_ptr(0).is_some_and(|filter| may_be_followed(unsafe { &*filter }, tid))
+    TABLE.get_ptr(0).map(|table| unsafe { &*table })
 }
 
 /// The slot of a followed thread.
 #[inline(always)]
 pub(crate) fn followed(tid: u32) -> Option<&'static mut Thread> {
-    // SAFETY: a valid map value for the life of the program; user space changes whole words.
-    let table = unsafe { &*TABLE.get_ptr(0)? };
+    find(table()?, tid)
+}
+
+#[inline(always)]
+fn find(table: &Table, tid: u32) -> Option<&'static mut Thread> {
     let start = table_start(tid);
     for i in 0..TABLE_PROBES {
         if let Some(slot) = table_slot(table.0[(start + i) as usize % TABLE_ENTRIES], tid) {
@@ -408,20 +490,51 @@ extern "C" fn seed_threads(ctx: *mut core::ffi::c_void) -> i32 {
 pub(crate) fn read_threads(ctx: RawTracePointContext) -> i32 {
     // SAFETY: user space passes the arguments of a raw tracepoint, at least one word.
     let first = unsafe { *ctx.as_ptr().cast::<u64>() };
-    let Ok(first) = u32::try_from(first) else { return 0 };
     // SAFETY: plain helper call.
     let mono = unsafe { bpf_ktime_get_ns() };
-    let sched = scheduler_clock(mono);
-    for i in 0..READ_BATCH {
-        let (Some(thread), Some(reading)) =
-            (THREAD_SLOTS.get_ptr(first + i), READINGS.get_ptr_mut(first + i))
-        else {
-            return 0;
-        };
-        // SAFETY: valid map values; `read_threads` alone writes readings, one run at a time.
-        unsafe { read_thread(&*thread, &mut *reading, Now { mono, sched }) };
+    let mut batch = Batch { first, now: Now { mono, sched: scheduler_clock(mono) } };
+    let callback: extern "C" fn(u64, &mut Batch) -> u64 = read_one;
+    // SAFETY: the callback has the prototype that `bpf_loop` calls, and the batch outlives the call.
+    unsafe {
+        bpf_loop(READ_BATCH, callback as *mut c_void, (&raw mut batch).cast::<c_void>(), 0);
     }
     0
+}
+
+struct Batch {
+    first: u64,
+    now: Now,
+}
+
+/// Called by `bpf_loop` for each thread; not 0 ends the loop.
+extern "C" fn read_one(i: u64, batch: &mut Batch) -> u64 {
+    let Ok(slot) = u32::try_from(batch.first + i) else { return 1 };
+    let (Some(thread), Some(reading)) = (THREAD_SLOTS.get_ptr(slot), READINGS.get_ptr_mut(slot)) else {
+        return 1;
+    };
+    // SAFETY: valid map values; `read_threads` alone writes readings, one run at a time.
+    let (thread, reading) = unsafe { (&*thread, &mut *reading) };
+    read_thread(thread, reading, batch.now);
+    if let (Some(group), Some(sched)) = (group(thread.group), batch.now.sched) {
+        read_group(group, sched);
+    }
+    0
+}
+
+/// As of the moment of which the figures of its members are: later its begin or end would be another one.
+#[inline(always)]
+fn read_group(group: &mut Group, sched: u64) {
+    let mut read = Group::TORN;
+    for _ in 0..ATTEMPTS {
+        let (members, both_ns) = (get(&group.members), get(&group.both_ns));
+        let now = if Group::both(members) { both_ns.wrapping_add(sched) } else { both_ns };
+        // An addition that is under way on another CPU leaves a number that cannot be.
+        if get(&group.members) == members && get(&group.both_ns) == both_ns && now < Group::TORN / 2 {
+            read = now;
+            break;
+        }
+    }
+    set(&mut group.read_ns, read);
 }
 
 /// The scheduler's clock at a moment of `CLOCK_MONOTONIC`, nanoseconds; `None` before the two were compared.

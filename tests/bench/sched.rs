@@ -12,10 +12,11 @@
 )]
 #![expect(clippy::cast_precision_loss, reason = "averages")]
 
+#[path = "../support/ring.rs"]
+mod ring;
+
 use std::{
     collections::BTreeMap,
-    fs::File,
-    io::{Read, Write},
     process::{Child, Command, Stdio},
     sync::{
         Arc,
@@ -28,93 +29,57 @@ use monitor::{
     source::ebpf::{Ebpf, GroupSlot, Keep, ProcessSlot, ProgramRuns, Slot, Yardstick, probes::ProbeGroup},
     units::{Tgid, Tid},
 };
-use rustix::thread::{CpuSet, sched_setaffinity};
+use ring::Ring;
 
 const CPU: usize = 1;
 const ROUNDS: usize = 5;
 const WINDOW: Duration = Duration::from_millis(600);
 const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
-/// Threads that pass a token on, all on one CPU.
-struct Ring {
-    tids: Vec<Tid>,
-    hops: Arc<AtomicU64>,
-    /// Writing ends; closing them ends the ring.
-    start: File,
+/// Follows the threads of a ring.
+fn follow(ring: &Ring, ebpf: &mut Ebpf, keep: Keep, group: Option<&GroupSlot>) -> Vec<Slot> {
+    ring.tids.iter().map(|tid| ebpf.follow(*tid, keep, group).unwrap()).collect()
 }
 
-impl Ring {
-    fn new(threads: usize) -> Self {
-        let pipes: Vec<_> = (0..threads).map(|_| rustix::pipe::pipe().unwrap()).collect();
-        let hops = Arc::new(AtomicU64::new(0));
-        let (tell, tids) = std::sync::mpsc::channel();
-        let start = File::from(pipes[0].1.try_clone().unwrap());
-        for i in 0..threads {
-            let mut from = File::from(pipes[i].0.try_clone().unwrap());
-            let mut to = File::from(pipes[(i + 1) % threads].1.try_clone().unwrap());
-            let (tell, hops) = (tell.clone(), Arc::clone(&hops));
-            std::thread::spawn(move || {
-                let mut cpus = CpuSet::new();
-                cpus.set(CPU);
-                sched_setaffinity(None, &cpus).unwrap();
-                tell.send(rustix::thread::gettid()).unwrap();
-                let mut token = [0];
-                while from.read(&mut token).unwrap() == 1 && token[0] == b'x' {
-                    hops.fetch_add(1, Ordering::Relaxed);
-                    if to.write_all(&token).is_err() {
-                        return; // The ring has ended.
-                    }
-                }
-                let _ = to.write_all(b"q"); // The next one ends as well.
-            });
-        }
-        let tid = |_| Tid(u32::try_from(tids.recv().unwrap().as_raw_nonzero().get()).unwrap());
-        Self { tids: (0..threads).map(tid).collect(), hops, start }
-    }
-
-    fn follow(&self, ebpf: &mut Ebpf, keep: Keep, group: Option<&GroupSlot>) -> Vec<Slot> {
-        self.tids.iter().map(|tid| ebpf.follow(*tid, keep, group).unwrap()).collect()
-    }
-
-    /// Hops per second with nothing measured.
-    fn speed(&mut self) -> f64 {
-        self.start.write_all(b"x").unwrap();
-        std::thread::sleep(Duration::from_millis(100));
-        let (begin, hops) = (Instant::now(), self.hops.load(Ordering::Relaxed));
-        std::thread::sleep(WINDOW);
-        (self.hops.load(Ordering::Relaxed) - hops) as f64 / begin.elapsed().as_secs_f64()
-    }
-
-    /// Hops made while `WINDOW` passes, and what the kernel counted for each program meanwhile.
-    fn measure(&mut self, runs: impl Fn() -> BTreeMap<String, ProgramRuns>) -> Measured {
-        self.start.write_all(b"x").unwrap();
-        std::thread::sleep(Duration::from_millis(100));
-        let (before, hops) = (runs(), self.hops.load(Ordering::Relaxed));
-        std::thread::sleep(WINDOW);
-        let (after, hops) = (runs(), self.hops.load(Ordering::Relaxed) - hops);
-        let mut measured = Measured { ns_per_run: BTreeMap::new(), ns_per_hop: 0.0 };
-        for (name, now) in after {
-            let then = before.get(&name).copied().unwrap_or(ProgramRuns { count: 0, ns: 0 });
-            let (count, ns) = (now.count - then.count, (now.ns - then.ns) as f64);
-            // Programs that hardly ran have nothing to do with switches.
-            if count * 10 > hops {
-                measured.ns_per_run.insert(name, ns / count as f64);
-                measured.ns_per_hop += ns / hops as f64;
-            }
-        }
-        measured
-    }
+/// Hops per second with nothing measured.
+fn speed(ring: &mut Ring) -> f64 {
+    ring.begin();
+    std::thread::sleep(Duration::from_millis(100));
+    let (begin, hops) = (Instant::now(), ring.hops.load(Ordering::Relaxed));
+    std::thread::sleep(WINDOW);
+    (ring.hops.load(Ordering::Relaxed) - hops) as f64 / begin.elapsed().as_secs_f64()
 }
 
-impl Drop for Ring {
-    fn drop(&mut self) {
-        let _ = self.start.write_all(b"q");
+/// Hops made while `WINDOW` passes, and what the kernel counted for each program meanwhile.
+fn measure(ring: &mut Ring, runs: impl Fn() -> BTreeMap<String, ProgramRuns>) -> Measured {
+    ring.begin();
+    std::thread::sleep(Duration::from_millis(100));
+    let (before, hops) = (runs(), ring.hops.load(Ordering::Relaxed));
+    std::thread::sleep(WINDOW);
+    let (after, hops) = (runs(), ring.hops.load(Ordering::Relaxed) - hops);
+    let mut measured = Measured { ns_per_run: BTreeMap::new(), ns_per_hop: 0.0 };
+    for (name, now) in after {
+        let then = before.get(&name).copied().unwrap_or(ProgramRuns { count: 0, ns: 0 });
+        let (count, ns) = (now.count - then.count, (now.ns - then.ns) as f64);
+        // Programs that hardly ran have nothing to do with switches.
+        if count * 10 > hops {
+            measured.ns_per_run.insert(name, ns / count as f64);
+            measured.ns_per_hop += ns / hops as f64;
+        }
     }
+    measured
 }
 
 struct Measured {
     ns_per_run: BTreeMap<String, f64>,
     ns_per_hop: f64,
+}
+
+impl Measured {
+    /// Of the program that takes longest, which is the one that runs at every switch.
+    fn ns_per_switch(&self) -> f64 {
+        self.ns_per_run.values().copied().fold(0.0, f64::max)
+    }
 }
 
 /// What is attached in one measurement.
@@ -139,26 +104,28 @@ impl Subject {
     }
 
     fn measure(self, threads: usize) -> Option<Measured> {
-        let mut ring = Ring::new(threads);
+        let mut ring = Ring::new(threads, CPU);
         match self {
             Self::Empty => {
                 let yardstick = Yardstick::open().unwrap();
-                Some(ring.measure(|| yardstick.runs().map(|r| ("empty".to_owned(), r)).into_iter().collect()))
+                Some(measure(&mut ring, || {
+                    yardstick.runs().map(|r| ("empty".to_owned(), r)).into_iter().collect()
+                }))
             }
             Self::OtherThreads | Self::Ledger | Self::VmThreads => {
                 let mut ebpf = Ebpf::open(&[ProbeGroup::Sched]).unwrap();
                 let group = ebpf.follow_group();
                 let _slots: Vec<Slot> = match self {
-                    Self::Ledger => ring.follow(&mut ebpf, Keep::Times, None),
-                    Self::VmThreads => ring.follow(&mut ebpf, Keep::TimesAndHistograms, group.as_ref()),
+                    Self::Ledger => follow(&ring, &mut ebpf, Keep::Times, None),
+                    Self::VmThreads => follow(&ring, &mut ebpf, Keep::TimesAndHistograms, group.as_ref()),
                     _ => Vec::new(),
                 };
-                Some(ring.measure(|| ebpf.runs().into_iter().map(|(n, r)| (n.to_owned(), r)).collect()))
+                Some(measure(&mut ring, || ebpf.runs().into_iter().map(|(n, r)| (n.to_owned(), r)).collect()))
             }
             Self::Runqlat => {
                 let before = loaded();
                 let peer = Peer::start()?;
-                let measured = ring.measure(|| {
+                let measured = measure(&mut ring, || {
                     let mut now = loaded();
                     now.retain(|id, _| !before.contains_key(id));
                     now
@@ -228,19 +195,19 @@ fn slowdown() {
     for round in 0..2 * ROUNDS {
         eprintln!("slowdown, round {} of {}", round + 1, 2 * ROUNDS);
         for subject in [Subject::OtherThreads, Subject::VmThreads, Subject::Runqlat] {
-            let bare = 1e9 / Ring::new(2).speed();
-            let mut ring = Ring::new(2);
+            let bare = 1e9 / speed(&mut Ring::new(2, CPU));
+            let mut ring = Ring::new(2, CPU);
             let with = if subject == Subject::Runqlat {
                 let Some(_peer) = Peer::start() else { continue };
-                ring.speed()
+                speed(&mut ring)
             } else {
                 let mut ebpf = Ebpf::open(&[ProbeGroup::Sched]).unwrap();
                 let group = ebpf.follow_group();
                 let _slots = match subject {
-                    Subject::VmThreads => ring.follow(&mut ebpf, Keep::TimesAndHistograms, group.as_ref()),
+                    Subject::VmThreads => follow(&ring, &mut ebpf, Keep::TimesAndHistograms, group.as_ref()),
                     _ => Vec::new(),
                 };
-                ring.speed()
+                speed(&mut ring)
             };
             lost.entry(subject).or_default().push(1e9 / with - bare);
         }
@@ -313,37 +280,70 @@ fn map_bytes() -> u64 {
     maps.values().sum()
 }
 
-fn main() {
-    reading();
-    slowdown();
-    let _counting = Counting::on();
-    for threads in [2, 200] {
-        let mut per_run: BTreeMap<Subject, Vec<f64>> = BTreeMap::new();
-        let mut per_hop: BTreeMap<Subject, Vec<f64>> = BTreeMap::new();
-        for round in 0..ROUNDS {
-            eprintln!("{threads} threads, round {} of {ROUNDS}", round + 1);
-            for subject in
-                [Subject::Empty, Subject::OtherThreads, Subject::Ledger, Subject::VmThreads, Subject::Runqlat]
-            {
-                let Some(measured) = subject.measure(threads) else { continue };
-                per_run
-                    .entry(subject)
-                    .or_default()
-                    .extend(measured.ns_per_run.values().copied().reduce(f64::max));
-                per_hop.entry(subject).or_default().push(measured.ns_per_hop);
-            }
+/// What the programs cost at a switch on a ring of some threads, each subject beside an empty program of the same round.
+fn switches(threads: usize) {
+    const SUBJECTS: [Subject; 5] =
+        [Subject::Empty, Subject::OtherThreads, Subject::Ledger, Subject::VmThreads, Subject::Runqlat];
+    let mut rounds: BTreeMap<Subject, Vec<Round>> = BTreeMap::new();
+    for round in 0..ROUNDS {
+        eprintln!("{threads} threads, round {} of {ROUNDS}", round + 1);
+        let measured = SUBJECTS.map(|subject| Some((subject, subject.measure(threads)?)));
+        let of = |wanted| {
+            let (_, found) = measured.iter().flatten().find(|(subject, _)| *subject == wanted)?;
+            Some(found)
+        };
+        let empty = of(Subject::Empty).unwrap().ns_per_switch();
+        let peer = of(Subject::Runqlat).map(|peer| peer.ns_per_hop);
+        for (subject, measured) in measured.iter().flatten() {
+            rounds.entry(*subject).or_default().push(Round {
+                ns: measured.ns_per_switch(),
+                over_empty: measured.ns_per_switch() / empty,
+                ns_per_hop: measured.ns_per_hop,
+                over_peer: peer.map(|peer| measured.ns_per_hop / peer),
+            });
         }
-        let of = |values: &BTreeMap<Subject, Vec<f64>>, s| values.get(&s).map(|v| median(v.clone()));
-        let (empty, peer) = (of(&per_run, Subject::Empty).unwrap(), of(&per_hop, Subject::Runqlat));
-        println!("\nring of {threads} threads: median of {ROUNDS} rounds");
+    }
+    println!("\nring of {threads} threads: medians of {ROUNDS} rounds, and the smallest and largest ratio");
+    println!(
+        "{:<38} {:>10} {:>22} {:>10} {:>14}",
+        "", "ns per run", "over empty", "ns per hop", "over runqlat"
+    );
+    for (subject, rounds) in &rounds {
+        let of = |what: fn(&Round) -> f64| median(rounds.iter().map(what).collect());
+        let ratios = || rounds.iter().map(|round| round.over_empty);
+        let (least, most) = (ratios().fold(f64::MAX, f64::min), ratios().fold(0.0, f64::max));
+        let over: Vec<f64> = rounds.iter().filter_map(|round| round.over_peer).collect();
+        let over = if over.is_empty() { "-".to_owned() } else { format!("{:.3}", median(over)) };
         println!(
-            "{:<36} {:>10} {:>12} {:>10} {:>14}",
-            "", "ns per run", "over empty", "ns per hop", "over runqlat"
+            "{:<38} {:>10.1} {:>8.2} ({least:.2} to {most:.2}) {:>10.1} {over:>14}",
+            subject.name(),
+            of(|round| round.ns),
+            of(|round| round.over_empty),
+            of(|round| round.ns_per_hop),
         );
-        for (subject, hops) in &per_hop {
-            let (run, hop) = (of(&per_run, *subject).unwrap_or(0.0), median(hops.clone()));
-            let over = peer.map_or("-".to_owned(), |peer| format!("{:.2}", hop / peer));
-            println!("{:<36} {run:>10.1} {:>12.2} {hop:>10.1} {over:>14}", subject.name(), run / empty);
-        }
+    }
+}
+
+/// One subject in one round.
+struct Round {
+    ns: f64,
+    over_empty: f64,
+    ns_per_hop: f64,
+    over_peer: Option<f64>,
+}
+
+/// Parts may be named: `read`, `hop`, `switch`; none is all.
+fn main() {
+    let parts: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let wanted = |part: &str| parts.is_empty() || parts.iter().any(|named| named == part);
+    if wanted("read") {
+        reading();
+    }
+    if wanted("hop") {
+        slowdown();
+    }
+    if wanted("switch") {
+        let _counting = Counting::on();
+        [2, 200].into_iter().for_each(switches);
     }
 }

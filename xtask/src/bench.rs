@@ -5,6 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::apt::{self, Conflicts};
 use crate::setup::{self, Scope};
 use crate::{build, paths, process};
 
@@ -18,7 +19,8 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     else {
         bail!("bench takes the name of a benchmark: block, kvm, libvirt, net or sched")
     };
-    ensure!(rest.is_empty() || name == "libvirt", "bench {name} takes no argument, not `{}`", rest[0]);
+    let takes_arguments = matches!(name, "libvirt" | "sched");
+    ensure!(rest.is_empty() || takes_arguments, "bench {name} takes no argument, not `{}`", rest[0]);
     ensure!(process::is_root(), "bench needs root, because it loads kernel programs: run it with sudo");
     if name == "block" {
         setup::ensure(Scope::Bench)?;
@@ -35,8 +37,11 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
             Ok(python) => drop(cargo.env("KVM_MONITOR_BENCH_PYTHON", python)),
             Err(error) => eprintln!("ceilometer is not measured: {error:#}"),
         }
-        cargo.arg("--").args(rest);
     }
+    if name == "sched" {
+        want_peer();
+    }
+    cargo.arg("--").args(rest);
     process::run(&mut cargo)
 }
 
@@ -51,4 +56,15 @@ fn ceilometer() -> Result<PathBuf> {
         process::run_tailed(Command::new(&python).args(["-m", "pip", "install", "--quiet", CEILOMETER]))?;
     }
     has_it(&python).then_some(python).context("it cannot be imported after its installation")
+}
+
+/// The program that the probes at a context switch are compared with, where the distribution has it.
+fn want_peer() {
+    if process::find_program("runqlat").is_some() {
+        return;
+    }
+    eprintln!("missing: runqlat (to compare with), which Debian has in libbpf-tools");
+    if let Err(error) = apt::usable().and_then(|()| apt::install(&["libbpf-tools"], Conflicts::Keep)) {
+        eprintln!("its rows are left out: {error:#}");
+    }
 }

@@ -211,7 +211,7 @@ impl Ebpf {
 
     /// None exists.
     #[must_use]
-    pub fn both_ns(&self, _: &GroupSlot, _: u64) -> Option<u64> {
+    pub fn both_ns(&self, _: &GroupSlot) -> Option<u64> {
         match *self {}
     }
 

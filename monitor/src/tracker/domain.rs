@@ -249,14 +249,14 @@ impl Tracked {
             return 0;
         }
         self.sample.begin(ReadClass::Ebpf);
-        let (mut lost, mut run_sum, mut clock) = (0, Some(0), None);
+        let (mut lost, mut run_sum, mut any_read) = (0, Some(0), false);
         let with_histograms = self.histograms_due(window.begin);
         let on_kvm = self.domain.virt_type.as_deref() == Some("kvm");
         let entities = self.sample.vcpus.iter_mut().zip(&mut self.sample.vcpu_details);
         for (thread, (values, detail)) in self.threads.iter_mut().zip(entities) {
             let times = thread.slot.as_ref().and_then(|slot| ebpf.times(slot));
             let parts = times.map(|times| (times, thread.ledger.add(times)));
-            clock = clock.or(times.map(|times| times.sched_ns));
+            any_read |= times.is_some();
             let mut with_exits = false;
             if let Some((times, Some(parts))) = parts {
                 put_vcpu(values, &times, &parts);
@@ -283,7 +283,7 @@ impl Tracked {
             self.sample.cpu.put_some(SourceKind::Ebpf, Metric::CpuVcpuRun, run_sum.map(Nanos));
         }
         lost += self.put_processes(ebpf);
-        lost += clock.map_or(0, |clock| self.put_costop(ebpf, clock));
+        lost += if any_read { self.put_costop(ebpf) } else { 0 };
         self.put_nics(ebpf, window.end, with_histograms);
         let disks = self.sample.disks.iter_mut().zip(&mut self.sample.disk_details);
         for (disk, (values, detail)) in self.domain.disks.iter().zip(disks) {
@@ -337,10 +337,10 @@ impl Tracked {
     }
 
     /// Time in which vCPUs waited while others ran. Returns 1 if it could not be read right.
-    fn put_costop(&mut self, ebpf: &Ebpf, sched_ns: u64) -> u64 {
+    fn put_costop(&mut self, ebpf: &Ebpf) -> u64 {
         let Some(group) = &self.group else { return 0 };
         let before = self.sample.cpu.before(SourceKind::Ebpf, Metric::CpuCostop);
-        match ebpf.both_ns(group, sched_ns).filter(|now| before.is_none_or(|before| before <= *now)) {
+        match ebpf.both_ns(group).filter(|now| before.is_none_or(|before| before <= *now)) {
             Some(now) => {
                 self.sample.cpu.put(SourceKind::Ebpf, Metric::CpuCostop, Nanos(now));
                 0

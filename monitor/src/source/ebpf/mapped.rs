@@ -8,7 +8,7 @@ use std::{
     marker::PhantomData,
     os::fd::{AsFd, OwnedFd},
     ptr::NonNull,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
 };
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
@@ -92,6 +92,13 @@ impl<T: Copy> Mapped<T> {
         assert!((half + 1) * 4 <= size_of::<T>(), "half word {half} outside of the value");
         // SAFETY: as in `word_of`; nobody accesses this one as a part of a larger number.
         unsafe { AtomicU32::from_ptr(self.at(index).cast::<u32>().add(half)) }
+    }
+
+    /// The byte at `offset` of value `index`.
+    pub(super) fn byte_of(&self, index: usize, offset: usize) -> &AtomicU8 {
+        assert!(offset < size_of::<T>(), "byte {offset} outside of the value");
+        // SAFETY: inside the mapping (checked); nobody accesses this one as a part of a larger number while both are in use.
+        unsafe { AtomicU8::from_ptr(self.at(index).cast::<u8>().add(offset)) }
     }
 
     /// The 64-bit word `word` of value 0.

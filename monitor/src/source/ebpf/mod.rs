@@ -275,10 +275,10 @@ impl Ebpf {
     }
 
     /// Time in which at least one thread of the group waited while another ran, nanoseconds since the group is kept, up to
-    /// the moment `sched_ns` of the scheduler's clock; `None` if it could not be read.
+    /// the last [`Ebpf::read`]; `None` if it could not be read.
     #[must_use]
-    pub fn both_ns(&self, slot: &GroupSlot, sched_ns: u64) -> Option<u64> {
-        self.sched.as_ref()?.both_ns(slot, sched_ns)
+    pub fn both_ns(&self, slot: &GroupSlot) -> Option<u64> {
+        self.sched.as_ref()?.both_ns(slot)
     }
 
     /// Stops following a thread.

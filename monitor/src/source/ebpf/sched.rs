@@ -1,13 +1,13 @@
 //! Threads that are followed: which, and what the programs of `monitor-ebpf/src/sched.rs` counted for them.
 
-use std::{collections::VecDeque, fs::File, io::Read as _, sync::atomic::Ordering};
+use std::{collections::VecDeque, fs::File, io::Read as _, mem::offset_of, sync::atomic::Ordering};
 
 use aya::{
     Ebpf as Object,
     programs::{Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use monitor_ebpf::{
-    Armed, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, FILTER_BITS, Filter, Group,
+    CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, FILTER_BITS, FILTER_WORDS, Filter, Group,
     Histograms, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, TABLE_ENTRIES,
     TABLE_PROBES, Table, Thread, table_entry, table_slot, table_start,
 };
@@ -99,7 +99,6 @@ pub(super) struct Sched {
     clock: Mapped<Clock>,
     histograms: Mapped<Histograms>,
     charges: Mapped<ChargeTables>,
-    armed: Mapped<Armed>,
     disarmed: MonotonicNs,
     places: Places,
     histogram_places: Places,
@@ -120,7 +119,6 @@ impl Sched {
             clock: map(object, "CLOCK")?,
             histograms: map(object, "HISTOGRAMS")?,
             charges: map(object, "CHARGES")?,
-            armed: map(object, "ARMED")?,
             disarmed: MonotonicNs::now(),
             places: Places::default(),
             histogram_places: Places::default(),
@@ -182,16 +180,11 @@ impl Sched {
         self.group_places.give_back(slot.0.into());
     }
 
-    /// Time in which at least one member waited while another ran, nanoseconds since the group is kept, up to the moment
-    /// `sched_ns` of the scheduler's clock. `None` if it changed under every attempt to read it.
-    pub(super) fn both_ns(&self, slot: &GroupSlot, sched_ns: u64) -> Option<u64> {
-        let word = |word| self.groups.word_of(slot.0.into(), word).load(Ordering::Acquire);
-        (0..4).find_map(|_| {
-            let (members, both_ns) = (word(0), word(1));
-            let now = if Group::both(members) { both_ns.wrapping_add(sched_ns) } else { both_ns };
-            // An addition that is under way on another CPU leaves a number that cannot be.
-            (word(0) == members && word(1) == both_ns && now < u64::MAX / 2).then_some(now)
-        })
+    /// Time in which at least one member waited while another ran, nanoseconds since the group is kept, up to the last
+    /// [`Sched::read`]. `None` if it changed under every attempt to read it.
+    pub(super) fn both_ns(&self, slot: &GroupSlot) -> Option<u64> {
+        let read = self.groups.word_of(slot.0.into(), offset_of!(Group, read_ns) / 8).load(Ordering::Acquire);
+        (read != Group::TORN).then_some(read)
     }
 
     /// The next [`Sched::seed`] walks even if no thread is new.
@@ -226,13 +219,12 @@ impl Sched {
     pub(super) fn take_charges(&self, slot: &Slot) -> Option<Charges> {
         const WORDS: usize = size_of::<Charges>() / 8;
         let place = slot.histograms? as usize;
-        let chosen = self.charges.word_of(place, 0);
-        let (in_use, other) = if chosen.load(Ordering::Relaxed) & 1 == 0 { (0, 1) } else { (1, 0) };
-        // The tables stand after the first word of `ChargeTables`.
+        let chosen = self.threads.byte_of(slot.thread as usize, offset_of!(Thread, table));
+        let in_use = usize::from(chosen.load(Ordering::Relaxed) & 1);
         for word in 0..WORDS {
-            self.charges.word_of(place, 1 + other * WORDS + word).store(0, Ordering::Relaxed);
+            self.charges.word_of(place, (1 - in_use) * WORDS + word).store(0, Ordering::Relaxed);
         }
-        chosen.store(other as u64, Ordering::Release);
+        chosen.store(u8::from(in_use == 0), Ordering::Release);
         Some(self.charges.get(place).tables[in_use])
     }
 
@@ -283,7 +275,8 @@ impl Sched {
         let now = MonotonicNs::now();
         if now.since(self.disarmed) > DISARM_INTERVAL_NS {
             self.disarmed = now;
-            (0..CPUS as usize / 8).for_each(|word| self.armed.word(word).store(0, Ordering::Relaxed));
+            (0..CPUS as usize / 8)
+                .for_each(|word| self.filter.word(FILTER_WORDS + word).store(0, Ordering::Relaxed));
         }
         Ok(())
     }
