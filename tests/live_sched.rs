@@ -88,8 +88,10 @@ fn siblings_on_one_cpu_wait_for_each_other_all_the_time() {
         "{passed} ns passed; both together waited {waited}, slept {slept} and were on the CPU {on_cpu} ns; one waited while \
          the other ran: {both} ns"
     );
-    assert!(both <= on_cpu + 1_000_000, "{both} ns of {on_cpu}");
-    assert!(both + slept + 1_000_000 >= on_cpu, "{both} ns of {on_cpu}, and slept {slept}");
+    // The kernel may take the CPU from the reading program between its look at the clock and at the group.
+    let error = passed / 100 + 2 * TICK_NS;
+    assert!(both <= on_cpu + error, "{both} ns of {on_cpu}");
+    assert!(both + slept + error >= on_cpu, "{both} ns of {on_cpu}, and slept {slept}");
     assert!(both > passed / 10, "the two hardly ran: nothing was tested");
 }
 
