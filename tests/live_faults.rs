@@ -4,12 +4,17 @@
 //! The real binary runs inside a [`Lab`], mostly against one small guest that all tests share. Needs root and the
 //! variables that `cargo xtask test` sets. Nothing here depends on how fast something happens: tests wait for
 //! lines of the stream, for at most [`PATIENCE`].
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that cannot go on fails, and says what it saw"
+)]
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::process::ExitStatusExt as _;
-use std::process::Command;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -306,6 +311,53 @@ fn a_guest_that_is_started_again_has_new_counters() {
             .collect();
         assert!(was_gone || epochs.len() > 1, "{before} and the one after are told as one");
     }
+}
+
+/// A process that looks like QEMU makes 20,000 threads, each of which says that it is a vCPU: nothing breaks, nothing that was
+/// there is lost, and what could not be read is counted.
+#[test]
+fn a_storm_of_vcpu_threads_loses_no_domain() {
+    const STORM: &str = "
+import ctypes, sys, threading
+prctl = ctypes.CDLL(None).prctl
+def vcpu():
+    prctl(15, b'CPU 0/TCG', 0, 0, 0)
+sys.stdin.readline()
+for _ in range(10000):
+    pair = [threading.Thread(target=vcpu) for _ in range(2)]
+    [thread.start() for thread in pair]
+    [thread.join() for thread in pair]
+print('over', flush=True)
+sys.stdin.readline()
+";
+    let stage = stage();
+    let mut storm = Command::new("/usr/bin/python3");
+    storm.arg0("qemu-system-storm").args(["-c", STORM, "-name", "guest=storm", "-accel", "tcg"]);
+    let mut storm = storm.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut run = stage.run_unfiltered(&["--interval", "20ms", "--libvirt", "off"]);
+    let of_storm = |r: &Value| r["type"] == "sample" && r["domain"]["name"] == "storm";
+    run.wait("the process that will storm", of_storm);
+    writeln!(storm.stdin.as_mut().unwrap()).unwrap();
+    let mut over = String::new();
+    BufReader::new(storm.stdout.as_mut().unwrap()).read_line(&mut over).unwrap();
+    assert_eq!(over, "over\n");
+    let now = lab::monotonic_ns();
+    let time = run.wait("it after the storm", |r| {
+        of_storm(r) && r["mono_ns"].as_u64() > Some(now) && r["cpu"]["time_ns"]["ebpf"].is_u64()
+    });
+    assert!(time["cpu"]["vcpu_run_ns"]["ebpf"].as_u64() > Some(0), "{time}");
+    run.wait("the other one", |r| {
+        is_sample_of(r, UUID) && r["mono_ns"].as_u64() > Some(now) && r["vcpus"][0]["run_ns"]["ebpf"].is_u64()
+    });
+    storm.kill().unwrap();
+    storm.wait().unwrap();
+    run.wait("its end", |r| r["type"] == "domain" && r["domain"]["name"] == "storm" && r["change"] == "gone");
+    let ended = run.stop();
+    let gone = |r: &&Value| r["type"] == "domain" && r["change"] == "gone";
+    assert_eq!(ended.records.iter().filter(gone).count(), 1, "a domain was lost");
+    let ebpf = &ended.health()["sources"]["ebpf"];
+    println!("reads {}, lost {}, errors {}", ebpf["reads"], ebpf["lost"], ebpf["errors"]);
+    assert!(ebpf["lost"].is_u64() && ebpf["errors"] == 0, "{ebpf}");
 }
 
 // ---- sources that are missing from the start

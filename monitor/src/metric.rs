@@ -136,7 +136,7 @@ metrics! {
     CpuSystem: Cpu, "system_ns", Nanoseconds, Counter, [Procfs, Libvirt], Slow,
         "Part of time_ns spent in the kernel. libvirt: cpu.system.";
     CpuVcpuRun: Cpu, "vcpu_run_ns", Nanoseconds, Counter, [Ebpf, Procfs], Slow,
-        "Sum of run_ns over the vCPU threads.";
+        "Sum of run_ns over the vCPU threads, those that ended while the monitor watched included.";
     CpuEmulatorRun: Cpu, "emulator_run_ns", Nanoseconds, Counter, [Ebpf, Procfs], Rare,
         "CPU time of QEMU's main loop and of every thread that is neither vCPU, iothread, worker nor vhost. ebpf: threads that ended since the domain is followed included. procfs: schedstat, threads that ended as of the last look.";
     CpuIothreadRun: Cpu, "iothread_run_ns", Nanoseconds, Counter, [Ebpf, Procfs], Rare,

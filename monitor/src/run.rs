@@ -41,6 +41,9 @@ const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// A change of the wall clock against the arithmetic one from here on is a step; slewing makes less of it between ticks
 /// (0.05 % of an interval).
 const CLOCK_STEP_NS: u128 = 500_000_000;
+/// For how long a process that began is looked at every [`LOOK_INTERVAL`], not only at ticks: QEMU opens its disks and
+/// taps one after the other.
+const SETTLING: Duration = Duration::from_secs(10);
 const HEALTH_INTERVAL: Duration = Duration::from_secs(60);
 /// After so many ticks the start is over, and what it needed can go.
 const SETTLED_TICKS: u64 = 3;
@@ -129,6 +132,10 @@ struct Runner {
     changes: Option<AsyncFd<OwnedFd>>,
     /// No look at changes before.
     look_after: Instant,
+    /// When to look again at what began lately.
+    look_again: Option<Instant>,
+    /// Until then.
+    settled: Instant,
 }
 
 impl Runner {
@@ -170,6 +177,8 @@ impl Runner {
             wall_offset: None,
             changes: None,
             look_after: Instant::now(),
+            look_again: None,
+            settled: Instant::now(),
             config,
         };
         this.changes = this.tracker.ebpf().and_then(Ebpf::changes).and_then(watch);
@@ -224,6 +233,7 @@ impl Runner {
                 due = ticks.tick() => self.tick(due),
                 update = next_update(&mut self.libvirt) => self.libvirt_says(update),
                 () = changed(self.changes.as_ref(), self.look_after) => self.look_at_changes(),
+                () = sleep_until(self.look_again) => self.look_again(),
                 _ = health.tick() => self.write_health(),
                 () = sleep_until(end) => return End::Stop("the time given by --duration is over"),
             }
@@ -258,9 +268,22 @@ impl Runner {
 
     fn look_at_changes(&mut self) {
         self.look_after = Instant::now() + LOOK_PAUSE;
-        self.tracker.look_at_changes();
+        if self.tracker.look_at_changes() {
+            let now = Instant::now();
+            self.settled = now + SETTLING;
+            self.look_again.get_or_insert(now + LOOK_INTERVAL);
+        }
         self.write_notices();
         self.write_first_samples();
+    }
+
+    fn look_again(&mut self) {
+        self.looked = MonotonicNs::now();
+        self.tracker.look();
+        self.write_notices();
+        self.write_first_samples();
+        let next = Instant::now() + LOOK_INTERVAL;
+        self.look_again = (next <= self.settled).then_some(next);
     }
 
     /// Says that the wall clock was set. Nothing is computed from it.

@@ -50,6 +50,8 @@ pub struct Tracked {
     classes: Classes,
     classes_at: Option<MonotonicNs>,
     pub(super) threads: Vec<Thread>,
+    /// Run time of vCPU threads that ended while the process lived, as last read, nanoseconds.
+    ended_run: [u64; SourceKind::COUNT],
     /// In the order of `domain.interfaces`.
     pub(super) nics: Vec<Nic>,
     /// What watched interfaces that are gone; to be given back.
@@ -102,6 +104,8 @@ pub(super) struct Thread {
     pub(super) slot: Option<Slot>,
     ledger: Ledger,
     split: Split,
+    /// Its run time as last read, nanoseconds.
+    run: [u64; SourceKind::COUNT],
     /// As of the last sample that had them.
     histograms: Option<Box<Histograms>>,
 }
@@ -124,6 +128,7 @@ impl Tracked {
             classes: Classes::default(),
             classes_at: None,
             threads,
+            ended_run: [0; SourceKind::COUNT],
             nics,
             unwatched: Vec::new(),
             open_files: None,
@@ -234,6 +239,18 @@ impl Tracked {
         self.threads.insert(at, Thread::default());
     }
 
+    /// The thread of a vCPU ended, or is another one now, whose counters start anew. What it used stays in the sums.
+    /// Returns what followed it.
+    pub(super) fn thread_ended(&mut self, at: usize) -> Option<Slot> {
+        let thread = std::mem::take(&mut self.threads[at]);
+        for (sum, run) in self.ended_run.iter_mut().zip(thread.run) {
+            *sum += run;
+        }
+        self.sample.vcpus[at] = Values::new(Scope::Vcpu);
+        self.sample.vcpu_details[at] = VcpuDetail::default();
+        thread.slot
+    }
+
     pub(super) fn remove_vcpu(&mut self, at: usize) {
         self.domain.vcpus.remove(at);
         self.sample.vcpus.remove(at);
@@ -249,7 +266,8 @@ impl Tracked {
             return 0;
         }
         self.sample.begin(ReadClass::Ebpf);
-        let (mut lost, mut run_sum, mut any_read) = (0, Some(0), false);
+        let (mut lost, mut any_read) = (0, false);
+        let mut run_sum = Some(self.ended_run[SourceKind::Ebpf as usize]);
         let with_histograms = self.histograms_due(window.begin);
         let on_kvm = self.domain.virt_type.as_deref() == Some("kvm");
         let entities = self.sample.vcpus.iter_mut().zip(&mut self.sample.vcpu_details);
@@ -260,7 +278,8 @@ impl Tracked {
             let mut with_exits = false;
             if let Some((times, Some(parts))) = parts {
                 put_vcpu(values, &times, &parts);
-                run_sum = run_sum.map(|sum: u64| sum + times.run_ns);
+                run_sum = run_sum.map(|sum| sum + times.run_ns);
+                thread.run[SourceKind::Ebpf as usize] = times.run_ns;
                 detail.state = Some(times.doing.name());
                 let figures = thread.slot.as_ref().and_then(|slot| ebpf.kvm_figures(slot));
                 if let Some(figures) = figures.filter(|figures| on_kvm || figures.any()) {
@@ -426,13 +445,14 @@ impl Tracked {
         cpu.put(PROCFS, Metric::CpuSystem, process.system);
         cpu.put(PROCFS, Metric::CpuTime, Nanos(process.user.0 + process.system.0));
         self.sample.memory.put(PROCFS, Metric::MemoryRss, process.rss);
-        let (mut result, mut run_sum, mut online) = (Ok(()), 0, 0);
-        for (thread, values) in self.threads.iter().zip(&mut self.sample.vcpus) {
+        let (mut result, mut run_sum, mut online) = (Ok(()), self.ended_run[PROCFS as usize], 0);
+        for (thread, values) in self.threads.iter_mut().zip(&mut self.sample.vcpus) {
             match thread.file.as_ref().map(|file| file.read(buffer)) {
                 Some(Ok(stat)) => {
                     values.put(PROCFS, Metric::VcpuRun, stat.run);
                     values.put(PROCFS, Metric::VcpuWait, stat.wait);
                     run_sum += stat.run.0;
+                    thread.run[PROCFS as usize] = stat.run.0;
                     online += 1;
                 }
                 Some(Err(error)) => result = Err(error),

@@ -451,15 +451,21 @@ impl Tracker {
         let mut changed = false;
         for v in (0..self.domains[i].domain.vcpus.len()).rev() {
             let vcpu = &self.domains[i].domain.vcpus[v];
-            let (old, new) = (vcpu.tid, tid_of(vcpu.index));
+            let (number, old, new) = (vcpu.index.0, vcpu.tid, tid_of(vcpu.index));
             if old == new {
                 continue;
             }
             changed = true;
-            let slot = std::mem::take(&mut self.domains[i].threads[v]).slot;
+            let slot = self.domains[i].thread_ended(v);
             self.forget(Slots { threads: slot.into_iter().collect(), ..Slots::default() });
             match new {
-                Some(tid) => self.adopt_thread(i, v, tid),
+                Some(tid) => {
+                    if old.is_some() && self.begin_epoch(i) {
+                        let detail = format!("vCPU {number} has another thread now: its counters start anew");
+                        self.notice_event(i, EventKind::CounterReset, &detail);
+                    }
+                    self.adopt_thread(i, v, tid);
+                }
                 // An unplugged vCPU: its thread is gone while the process lives.
                 None => self.domains[i].remove_vcpu(v),
             }
@@ -473,6 +479,17 @@ impl Tracker {
             }
         }
         changed
+    }
+
+    /// Some counters of a domain start anew while others go on: no rate crosses that. False if none was told yet.
+    fn begin_epoch(&mut self, i: usize) -> bool {
+        let tracked = &mut self.domains[i];
+        let was_sampled = tracked.seq > 0;
+        if was_sampled {
+            tracked.epoch += 1;
+            tracked.sample.clear();
+        }
+        was_sampled
     }
 
     fn adopt_thread(&mut self, i: usize, v: usize, tid: Tid) {
@@ -609,11 +626,13 @@ impl Tracker {
         }
     }
 
-    /// Looks at what the kernel programs say has changed.
-    pub fn look_at_changes(&mut self) {
+    /// Looks at what the kernel programs say has changed. True if a process began.
+    pub fn look_at_changes(&mut self) -> bool {
         let happened = self.ebpf.as_mut().map(Ebpf::happened).unwrap_or_default();
-        if happened.iter().any(|what| matches!(what, Happened::Began(_) | Happened::Ended(_))) {
-            return self.look();
+        let began = happened.iter().any(|what| matches!(what, Happened::Began(_)));
+        if began || happened.iter().any(|what| matches!(what, Happened::Ended(_))) {
+            self.look();
+            return began;
         }
         for i in 0..self.domains.len() {
             let process = self.domains[i].domain.process.map(|process| process.tgid);
@@ -624,6 +643,7 @@ impl Tracker {
             }
         }
         self.seed();
+        false
     }
 
     fn seed(&mut self) {

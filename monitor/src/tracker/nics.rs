@@ -318,12 +318,7 @@ impl Tracker {
         interface.ifindex = found.map(|device| device.key.ifindex);
         interface.netns = found.map(|device| device.key.netns);
         interface.since_ns = since_ns;
-        let is_new = tracked.seq > 0 && found.is_some();
-        if is_new {
-            tracked.epoch += 1;
-            tracked.sample.clear(); // No rate crosses an epoch.
-        }
-        if is_new && had_one {
+        if found.is_some() && self.begin_epoch(i) && had_one {
             let detail = format!("the network device {name} is another one now: its counters start anew");
             self.notice_event(i, EventKind::CounterReset, &detail);
         }
