@@ -38,7 +38,7 @@ use monitor::{
 };
 use quota::Quota;
 use ring::Ring;
-use threads::{Bully, PATIENCE, Spinner};
+use threads::{Bully, PATIENCE, Spinner, pin};
 
 /// The scheduler's clock is compared with `CLOCK_MONOTONIC` at each of our own switches; between the kernel's reading
 /// of it and ours lies the rest of that switch.
@@ -47,6 +47,7 @@ const CLOCK_ERROR_NS: u64 = 20_000;
 const TICK_NS: u64 = 10_000_000;
 /// The CPU that the loads run on.
 const CPU: usize = 1;
+const OTHER_CPU: usize = 0;
 
 fn follow(ebpf: &mut Ebpf, tid: Tid) -> Slot {
     let slot = ebpf.follow(tid, Keep::TimesAndHistograms, None).unwrap();
@@ -71,6 +72,15 @@ fn read(ebpf: &mut Ebpf, slot: &Slot) -> (Window, ThreadTimes) {
 /// before the kernel's next update: a reading in between may be ahead by as much, rarely.
 #[test]
 fn a_run_in_progress_is_counted_to_the_microsecond() {
+    // Whoever reads must not keep the other from its CPU: then there is no run in progress.
+    let reader = std::thread::spawn(|| {
+        pin(OTHER_CPU);
+        check_runs_in_progress();
+    });
+    reader.join().unwrap();
+}
+
+fn check_runs_in_progress() {
     let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
     let spinner = Spinner::start(CPU);
     let slot = follow(&mut ebpf, spinner.tid);

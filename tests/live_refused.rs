@@ -44,12 +44,7 @@ const NET: &[&str] = &["interfaces."];
 const REFUSALS: [Refusal; 6] = [
     // Nothing required, nothing lost: what it tells at once is looked for every second.
     Refusal { name: "btf_trace_task_rename", probe: "thread_renamed", reason: "up to a second", lost: &[] },
-    Refusal {
-        name: "btf_trace_net_dev_start_xmit",
-        probe: "net_dev_start_xmit",
-        reason: "on the wire",
-        lost: &["interfaces.rx_wire_packets"],
-    },
+    Refusal { name: "btf_trace_kfree_skb", probe: "kfree_skb", reason: "drops have no reasons", lost: &[] },
     Refusal {
         name: "btf_trace_ext4_sync_file_enter",
         probe: "ext4_sync_file_enter",

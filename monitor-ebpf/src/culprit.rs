@@ -140,6 +140,16 @@ pub(crate) unsafe fn charge(thread: &mut Thread, place: u32, prev: Address, (que
     }
 }
 
+/// Charges a wait of which only the end of the run after it was seen.
+#[inline(always)]
+pub(crate) fn charge_nobody(thread: &Thread, ns: u64) {
+    let Some(place) = thread.histograms.checked_sub(1) else { return };
+    // SAFETY: a valid map value; only the CPU that switches the thread changes it.
+    if let Some(tables) = unsafe { CHARGES.get_ptr_mut(place).and_then(|t| t.as_mut()) } {
+        tables.tables[usize::from(get(&thread.table) & 1)].unknown_ns += ns;
+    }
+}
+
 /// Charges the part of a wait before `until` to those who ran before.
 #[inline(never)]
 fn charge_history(thread: &mut Thread, charges: &mut Charges, queued: u64, until: u64) {

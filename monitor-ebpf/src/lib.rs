@@ -54,10 +54,14 @@ pub const fn table_slot(entry: u64, tid: u32) -> Option<u32> {
 pub struct Filter {
     /// One bit per thread id modulo [`FILTER_BITS`].
     pub threads: [u64; FILTER_WORDS],
-    /// CPUs whose history is being written: not 0 while a followed thread waited there lately. A program sets it when it sees
-    /// such a wait, user space clears it from time to time, so that other CPUs pay nothing.
+    /// CPUs whose history is being written: not 0 while a followed thread waited there lately. A program makes it [`ARMED`]
+    /// when it sees such a wait; user space takes 1 off from time to time, so that other CPUs pay nothing and yet no
+    /// wait in progress loses its history at once.
     pub armed: [u8; CPUS as usize],
 }
+
+/// See [`Filter::armed`].
+pub const ARMED: u8 = 2;
 
 /// The table from thread id to slot, see [`table_entry`].
 #[repr(transparent)]

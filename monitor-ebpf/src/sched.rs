@@ -16,14 +16,14 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, RawTracePointContext},
 };
 use monitor_ebpf::{
-    CLOCK_THREAD, COMPARISONS, CPUS, Clock, FILTER_BITS, Filter, GROUPS, Group, HISTOGRAMS, Histogram,
+    ARMED, CLOCK_THREAD, COMPARISONS, CPUS, Clock, FILTER_BITS, Filter, GROUPS, Group, HISTOGRAMS, Histogram,
     Histograms, NO_FIELD, NOW_RUNNING, NOW_SLEEPING, NOW_WAITING, Nodes, READ_BATCH, READ_LAST, READ_LIVE,
     READ_NOTHING, READ_TORN, Reading, STATE_ON_CPU, STATE_PREEMPTED, STATE_SLEEPING, STATE_THROTTLED,
     STATE_UNKNOWN, TABLE_ENTRIES, TABLE_PROBES, THREADS, Table, Thread, bucket, table_slot, table_start,
 };
 
 use crate::{
-    culprit::{charge, remember},
+    culprit::{charge, charge_nobody, remember},
     kernel::{Address, LAYOUT, load, offset, probe, run_queue},
     process::{add, fetch_add, note_process, thread_ended},
 };
@@ -154,21 +154,28 @@ fn clock(prev: Address) -> u64 {
     unsafe { load(run_queue(prev), offset(&LAYOUT.rq_clock)) }
 }
 
+/// A thread that was not seen to come is one all the same: where programs do not run for some of the host's threads, no
+/// switch from such a thread is seen.
 #[inline(always)]
 fn leave(thread: &mut Thread, task: Address, now: u64, state: u8) {
     // SAFETY: `task` is an argument of a BTF tracepoint.
     let (run, wait): (u64, u64) = unsafe {
         (load(task, offset(&LAYOUT.task_sum_exec_runtime)), load(task, offset(&LAYOUT.task_run_delay)))
     };
-    if thread.state == STATE_ON_CPU
+    let was = thread.state;
+    if was != STATE_UNKNOWN
         && let Some(histograms) = histograms(thread)
     {
+        let waited = wait.wrapping_sub(thread.wait_ns);
         count(&mut histograms.run, run.wrapping_sub(thread.run_ns));
-        if wait != thread.wait_ns {
-            count(&mut histograms.wait, wait.wrapping_sub(thread.wait_ns));
+        if waited != 0 {
+            count(&mut histograms.wait, waited);
+        }
+        if was != STATE_ON_CPU {
+            charge_nobody(thread, waited);
         }
     }
-    let arrived = if thread.state == STATE_ON_CPU {
+    let arrived = if was == STATE_ON_CPU {
         thread.since_ns
     } else {
         // SAFETY: `task` is an argument of a BTF tracepoint.
@@ -433,9 +440,9 @@ pub(crate) fn arm() {
     let Some(filter) = (unsafe { FILTER.get_ptr_mut(0).and_then(|filter| filter.as_mut()) }) else { return };
     // SAFETY: plain helper call.
     if let Some(armed) = filter.armed.get_mut(unsafe { bpf_get_smp_processor_id() } as usize)
-        && get(armed) == 0
+        && get(armed) != ARMED
     {
-        set(armed, 1);
+        set(armed, ARMED);
     }
 }
 
@@ -453,7 +460,9 @@ pub(crate) fn followed(tid: u32) -> Option<&'static mut Thread> {
 
 #[inline(always)]
 fn find(table: &Table, tid: u32) -> Option<&'static mut Thread> {
-    let start = table_start(tid);
+    // Read back, so that the compiler does not know that it is small enough and leaves out the bound below, which the
+    // verifier of Linux 6.1 needs: it does not follow how the number is made.
+    let start = get(&table_start(tid));
     for i in 0..TABLE_PROBES {
         if let Some(slot) = table_slot(table.0[(start + i) as usize % TABLE_ENTRIES], tid) {
             // SAFETY: a valid map value; at most one CPU switches a given thread at a time.
@@ -492,7 +501,7 @@ pub(crate) fn read_threads(ctx: RawTracePointContext) -> i32 {
     let first = unsafe { *ctx.as_ptr().cast::<u64>() };
     // SAFETY: plain helper call.
     let mono = unsafe { bpf_ktime_get_ns() };
-    let mut batch = Batch { first, now: Now { mono, sched: scheduler_clock(mono) } };
+    let mut batch = Batch { first, now: Now { mono, sched: scheduler_clock(mono).unwrap_or(0) } };
     let callback: extern "C" fn(u64, &mut Batch) -> u64 = read_one;
     // SAFETY: the callback has the prototype that `bpf_loop` calls, and the batch outlives the call.
     unsafe {
@@ -515,7 +524,10 @@ extern "C" fn read_one(i: u64, batch: &mut Batch) -> u64 {
     // SAFETY: valid map values; `read_threads` alone writes readings, one run at a time.
     let (thread, reading) = unsafe { (&*thread, &mut *reading) };
     read_thread(thread, reading, batch.now);
-    if let (Some(group), Some(sched)) = (group(thread.group), batch.now.sched) {
+    let sched = batch.now.sched;
+    if sched != 0
+        && let Some(group) = group(thread.group)
+    {
         read_group(group, sched);
     }
     0
@@ -547,8 +559,9 @@ pub(crate) fn scheduler_clock(mono: u64) -> Option<u64> {
 struct Now {
     /// `CLOCK_MONOTONIC`, nanoseconds.
     mono: u64,
-    /// The scheduler's clock, nanoseconds, once it was compared.
-    sched: Option<u64>,
+    /// The scheduler's clock, nanoseconds; 0 before it was compared. No `Option`: before Linux 6.18 the verifier refuses to
+    /// have a number stored that was never set.
+    sched: u64,
 }
 
 #[inline(always)]
@@ -560,10 +573,11 @@ fn read_thread(thread: &Thread, reading: &mut Reading, now: Now) {
         reading.status = READ_NOTHING;
         return;
     }
-    let Some(sched) = now.sched else {
+    let sched = now.sched;
+    if sched == 0 {
         reading.status = READ_TORN;
         return;
-    };
+    }
     reading.sched_ns = sched;
     for _ in 0..ATTEMPTS {
         let sequence = get(&thread.sequence);
@@ -607,15 +621,11 @@ fn read_live(thread: &Thread, reading: &mut Reading, now: u64) -> Option<()> {
     let wait: u64 = probe(task, offset(&LAYOUT.task_run_delay))?;
     let queued: u64 = probe(task, offset(&LAYOUT.task_last_queued))?;
     reading.doing = NOW_SLEEPING;
-    if on_cpu(thread)? {
+    if let Some(since) = on_cpu_since(thread, queued)? {
         // The kernel adds the wait before this run, and clears `last_queued`, just after the switch was traced.
         if queued != 0 {
             return None;
         }
-        let since = match get(&thread.since_ns) {
-            0 => probe(task, offset(&LAYOUT.task_last_arrival))?,
-            since => since,
-        };
         reading.doing = NOW_RUNNING;
         reading.on_cpu_ns = reading.on_cpu_ns.wrapping_add(now.saturating_sub(since));
         reading.open_run_ns = open_run(task, run, now)?;
@@ -633,12 +643,21 @@ fn read_live(thread: &Thread, reading: &mut Reading, now: u64) -> Option<()> {
     (probe::<u64>(task, offset(&LAYOUT.task_run_delay))? == wait).then_some(())
 }
 
+/// Since when a thread has been on its CPU, if it is; the outer `None` if that could not be read.
 #[inline(always)]
-fn on_cpu(thread: &Thread) -> Option<bool> {
-    match get(&thread.state) {
-        STATE_UNKNOWN => Some(probe::<u32>(thread.task, offset(&LAYOUT.task_on_cpu))? != 0),
-        state => Some(state == STATE_ON_CPU),
+fn on_cpu_since(thread: &Thread, queued: u64) -> Option<Option<u64>> {
+    let (state, since) = (get(&thread.state), get(&thread.since_ns));
+    if state == STATE_ON_CPU && since != 0 {
+        return Some(Some(since));
     }
+    if state != STATE_ON_CPU && queued != 0 {
+        return Some(None);
+    }
+    let on_cpu: u32 = probe(thread.task, offset(&LAYOUT.task_on_cpu))?;
+    let arrived: u64 = probe(thread.task, offset(&LAYOUT.task_last_arrival))?;
+    // One that arrived after it was seen to leave was not seen to come.
+    let is_on_cpu = state == STATE_ON_CPU || on_cpu != 0 && arrived > since;
+    Some(is_on_cpu.then_some(arrived))
 }
 
 /// Task-clock time since `update_curr()` last added to `sum_exec_runtime`: it stamped `exec_start` with

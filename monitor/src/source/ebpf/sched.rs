@@ -1,14 +1,20 @@
 //! Threads that are followed: which, and what the programs of `monitor-ebpf/src/sched.rs` counted for them.
 
-use std::{collections::VecDeque, fs::File, io::Read as _, mem::offset_of, sync::atomic::Ordering};
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io::Read as _,
+    mem::offset_of,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use aya::{
     Ebpf as Object,
     programs::{Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use monitor_ebpf::{
-    CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, FILTER_BITS, FILTER_WORDS, Filter, Group,
-    Histograms, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, TABLE_ENTRIES,
+    ARMED, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, FILTER_BITS, FILTER_WORDS, Filter,
+    Group, Histograms, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, TABLE_ENTRIES,
     TABLE_PROBES, Table, Thread, table_entry, table_slot, table_start,
 };
 
@@ -23,7 +29,7 @@ use crate::{
     units::{MonotonicNs, Tid},
 };
 
-/// Time after which a CPU stops writing its history, until a followed thread waits there again.
+/// Once or twice this time after a followed thread waited there last, a CPU stops writing its history.
 const DISARM_INTERVAL_NS: u64 = 10_000_000_000;
 
 /// A thread that is followed.
@@ -275,8 +281,7 @@ impl Sched {
         let now = MonotonicNs::now();
         if now.since(self.disarmed) > DISARM_INTERVAL_NS {
             self.disarmed = now;
-            (0..CPUS as usize / 8)
-                .for_each(|word| self.filter.word(FILTER_WORDS + word).store(0, Ordering::Relaxed));
+            (0..CPUS as usize / 8).for_each(|word| disarm(self.filter.word(FILTER_WORDS + word)));
         }
         Ok(())
     }
@@ -336,6 +341,29 @@ impl Sched {
                 return;
             }
             std::thread::sleep(std::time::Duration::from_micros(100));
+        }
+    }
+}
+
+/// Takes 1 off each byte of a word of [`Filter::armed`](monitor_ebpf::Filter::armed) that is not 0. A program may have set
+/// one meanwhile: then it is left to the next time.
+fn disarm(eight: &AtomicU64) {
+    const { assert!(ARMED == 2) } // So that halves are one less.
+    let armed = eight.load(Ordering::Relaxed);
+    let less = armed >> 1 & 0x0101_0101_0101_0101;
+    let _ = eight.compare_exchange(armed, less, Ordering::Relaxed, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpus_stop_writing_their_history_by_and_by() {
+        let eight = AtomicU64::new(u64::from_le_bytes([ARMED, 0, 1, ARMED, 1, 0, 0, ARMED]));
+        for expected in [[1, 0, 0, 1, 0, 0, 0, 1], [0; 8], [0; 8]] {
+            disarm(&eight);
+            assert_eq!(eight.load(Ordering::Relaxed).to_le_bytes(), expected);
         }
     }
 }
