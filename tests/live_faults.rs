@@ -342,10 +342,9 @@ sys.stdin.readline()
     BufReader::new(storm.stdout.as_mut().unwrap()).read_line(&mut over).unwrap();
     assert_eq!(over, "over\n");
     let now = lab::monotonic_ns();
-    let time = run.wait("it after the storm", |r| {
+    run.wait("it after the storm", |r| {
         of_storm(r) && r["mono_ns"].as_u64() > Some(now) && r["cpu"]["time_ns"]["ebpf"].is_u64()
     });
-    assert!(time["cpu"]["vcpu_run_ns"]["ebpf"].as_u64() > Some(0), "{time}");
     run.wait("the other one", |r| {
         is_sample_of(r, UUID) && r["mono_ns"].as_u64() > Some(now) && r["vcpus"][0]["run_ns"]["ebpf"].is_u64()
     });
@@ -355,6 +354,9 @@ sys.stdin.readline()
     let ended = run.stop();
     let gone = |r: &&Value| r["type"] == "domain" && r["change"] == "gone";
     assert_eq!(ended.records.iter().filter(gone).count(), 1, "a domain was lost");
+    // That it never falls is checked of every stream.
+    let ran = |r: &Value| of_storm(r) && r["cpu"]["vcpu_run_ns"]["ebpf"].as_u64() > Some(0);
+    assert!(ended.records.iter().any(ran), "none of them was seen to run");
     let ebpf = &ended.health()["sources"]["ebpf"];
     println!("reads {}, lost {}, errors {}", ebpf["reads"], ebpf["lost"], ebpf["errors"]);
     assert!(ebpf["lost"].is_u64() && ebpf["errors"] == 0, "{ebpf}");
