@@ -80,6 +80,10 @@ pub(super) fn judge(pair: &Pair, known: Known) -> Judgement {
             return judgement(Verdict::Agree, "nothing happened".to_owned());
         }
         let difference = pair.other_total - pair.reference_total;
+        if difference == 0.0 {
+            let reason = "equal: what can make these two figures differ does not here";
+            return judgement(Verdict::Agree, reason.to_owned());
+        }
         let explained = vec![Explained { cause: relation.name(), amount: difference }];
         let fine = real_of(last) <= tolerated(pair);
         let verdict = if fine { Verdict::Explained } else { Verdict::Disagree };
