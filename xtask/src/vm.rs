@@ -27,14 +27,11 @@ const LIMIT: Duration = Duration::from_secs(40 * 60);
 /// For one test program.
 const PROGRAM_LIMIT: &str = "12m";
 /// What `cargo xtask test` runs: on one kernel, the parts of these programs whose tests have the word in their names. What
-/// the machine itself cannot show comes first: guest mode, vhost, modules.
+/// the machine itself cannot show comes first: guest mode. A whole guest in the emulated guest mode takes a minute, and
+/// was seen to restart by itself: that is left to `cargo xtask lab`.
 const SHORT_SERIES: &str = "6.12";
-const SHORT: [(&str, &str); 4] = [
-    ("live_kvm", "every_"),
-    ("live_vm", "a_kvm_guest_with_vhost"),
-    ("live_sched", "throttling"),
-    ("live_net", "drops_of_a_suspended"),
-];
+const SHORT: [(&str, &str); 3] =
+    [("live_kvm", "every_"), ("live_sched", "throttling"), ("live_net", "drops_of_a_suspended")];
 const SHORT_LIMIT: Duration = Duration::from_secs(10 * 60);
 /// What stands before lines that the commands print for us.
 const MARK: &str = "lab-vm:";
