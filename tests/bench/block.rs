@@ -12,14 +12,17 @@
 )]
 #![expect(clippy::cast_precision_loss, reason = "averages")]
 
+#[path = "../support/counting.rs"]
+mod counting;
+
 use std::{
     collections::BTreeMap,
     io::Write as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
 };
 
+use counting::{Counting, Peer, loaded};
 use monitor::{
     source::{
         ebpf::{
@@ -34,7 +37,6 @@ use monitor::{
 const ROUNDS: usize = 3;
 const SECONDS: u32 = 1;
 const MIB: u32 = 96;
-const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const EXT4: u64 = 0xef53;
 
 /// How fio makes requests, on what, and how a QEMU that did so is counted.
@@ -243,7 +245,7 @@ fn measure(subject: Subject, load: &Load, stage: &Stage) -> Option<Measured> {
         }
         Subject::Biolatency => {
             let before = loaded();
-            let Some(peer) = Peer::start() else {
+            let Some(peer) = Peer::start("biolatency") else {
                 fio.go(); // Nothing is attached: it only has to end.
                 return None;
             };
@@ -255,54 +257,6 @@ fn measure(subject: Subject, load: &Load, stage: &Stage) -> Option<Measured> {
             drop(peer);
             Some(measured)
         }
-    }
-}
-
-/// Every loaded program, by id.
-fn loaded() -> BTreeMap<String, ProgramRuns> {
-    aya::programs::loaded_programs()
-        .filter_map(|info| {
-            let info = info.ok()?;
-            let ns = monitor::units::duration_ns(info.run_time());
-            Some((info.id().to_string(), ProgramRuns { count: info.run_count(), ns }))
-        })
-        .collect()
-}
-
-struct Peer(Child);
-
-impl Peer {
-    fn start() -> Option<Self> {
-        let mut peer = Command::new("biolatency");
-        let child = peer.arg("1000").stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let mut peer = Self(child.ok()?);
-        std::thread::sleep(Duration::from_millis(1_500));
-        // It may have ended: this kernel lacks what it hangs on.
-        peer.0.try_wait().ok()?.is_none().then_some(peer)
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Switches the kernel's counting on, and back to what it was.
-struct Counting(String);
-
-impl Counting {
-    fn on() -> Self {
-        let before = std::fs::read_to_string(STATS).unwrap();
-        std::fs::write(STATS, "1").unwrap();
-        Self(before)
-    }
-}
-
-impl Drop for Counting {
-    fn drop(&mut self) {
-        let _ = std::fs::write(STATS, self.0.trim());
     }
 }
 

@@ -14,11 +14,15 @@
 )]
 #![expect(clippy::cast_precision_loss, reason = "averages")]
 
+#[path = "../support/counting.rs"]
+mod counting;
+
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
 };
 
+use counting::Counting;
 use kvmex::{Irqchip, Machine, Round};
 use monitor::{
     source::ebpf::{Ebpf, Keep, ProgramRuns, Yardstick, probes::ProbeGroup},
@@ -29,27 +33,9 @@ const ROUNDS: usize = 5;
 const RUNS: u32 = 5_000;
 /// Exits of a storm.
 const STORM: u32 = 20_000;
-const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Of the kernel's `arch/x86/kvm/trace.h`.
 const ISAS: [(u32, &str); 2] = [(1, "VMX"), (2, "SVM")];
-
-/// Switches the kernel's counting on, and back to what it was.
-struct Counting(String);
-
-impl Counting {
-    fn on() -> Self {
-        let before = std::fs::read_to_string(STATS).unwrap();
-        std::fs::write(STATS, "1").unwrap();
-        Self(before)
-    }
-}
-
-impl Drop for Counting {
-    fn drop(&mut self) {
-        let _ = std::fs::write(STATS, self.0.trim());
-    }
-}
 
 /// Nanoseconds of each run, by what ran.
 type Figures = BTreeMap<String, Vec<f64>>;

@@ -14,8 +14,12 @@
 )]
 #![expect(clippy::cast_precision_loss, reason = "averages")]
 
+#[path = "../support/counting.rs"]
+mod counting;
+
 use std::{collections::BTreeMap, os::fd::OwnedFd};
 
+use counting::Counting;
 use lab::tap::{FrameSocket, NetSpace, RawTap, VnetHeader, frame};
 use monitor::{
     source::ebpf::{Ebpf, NetYardstick, NicSlot, ProgramRuns, probes::ProbeGroup},
@@ -28,7 +32,6 @@ const PACKETS: u64 = 20_000;
 const PAIRS: usize = 15;
 /// A tap's `tx_queue_len`.
 const RING: u32 = 1_000;
-const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x77, 1, 1];
 const HOST: [u8; 6] = [0xfe, 0x54, 0, 0x77, 1, 1];
 
@@ -168,23 +171,6 @@ impl Attached {
                 traffic.xmit.packets + traffic.receive.packets + traffic.refused
             }
         }
-    }
-}
-
-/// Switches the kernel's counting on, and back to what it was.
-struct Counting(String);
-
-impl Counting {
-    fn on() -> Self {
-        let before = std::fs::read_to_string(STATS).unwrap();
-        std::fs::write(STATS, "1").unwrap();
-        Self(before)
-    }
-}
-
-impl Drop for Counting {
-    fn drop(&mut self) {
-        let _ = std::fs::write(STATS, self.0.trim());
     }
 }
 

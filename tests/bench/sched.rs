@@ -12,12 +12,14 @@
 )]
 #![expect(clippy::cast_precision_loss, reason = "averages")]
 
+#[path = "../support/counting.rs"]
+mod counting;
 #[path = "../support/ring.rs"]
 mod ring;
 
 use std::{
     collections::BTreeMap,
-    process::{Child, Command, Stdio},
+    process::{Child, Command},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -25,6 +27,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use counting::{Counting, Peer, loaded};
 use monitor::{
     source::ebpf::{Ebpf, GroupSlot, Keep, ProcessSlot, ProgramRuns, Slot, Yardstick, probes::ProbeGroup},
     units::{Tgid, Tid},
@@ -34,7 +37,6 @@ use ring::Ring;
 const CPU: usize = 1;
 const ROUNDS: usize = 5;
 const WINDOW: Duration = Duration::from_millis(600);
-const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
 /// Follows the threads of a ring.
 fn follow(ring: &Ring, ebpf: &mut Ebpf, keep: Keep, group: Option<&GroupSlot>) -> Vec<Slot> {
@@ -124,7 +126,7 @@ impl Subject {
             }
             Self::Runqlat => {
                 let before = loaded();
-                let peer = Peer::start()?;
+                let peer = Peer::start("runqlat")?;
                 let measured = measure(&mut ring, || {
                     let mut now = loaded();
                     now.retain(|id, _| !before.contains_key(id));
@@ -134,52 +136,6 @@ impl Subject {
                 Some(measured)
             }
         }
-    }
-}
-
-/// Every loaded program, by id.
-fn loaded() -> BTreeMap<String, ProgramRuns> {
-    aya::programs::loaded_programs()
-        .filter_map(|info| {
-            let info = info.ok()?;
-            let ns = monitor::units::duration_ns(info.run_time());
-            Some((info.id().to_string(), ProgramRuns { count: info.run_count(), ns }))
-        })
-        .collect()
-}
-
-struct Peer(Child);
-
-impl Peer {
-    fn start() -> Option<Self> {
-        let child = Command::new("runqlat").arg("1000").stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let peer = Self(child.ok()?);
-        std::thread::sleep(Duration::from_secs(2));
-        Some(peer)
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Switches the kernel's counting on, and back to what it was.
-struct Counting(String);
-
-impl Counting {
-    fn on() -> Self {
-        let before = std::fs::read_to_string(STATS).unwrap();
-        std::fs::write(STATS, "1").unwrap();
-        Self(before)
-    }
-}
-
-impl Drop for Counting {
-    fn drop(&mut self) {
-        let _ = std::fs::write(STATS, self.0.trim());
     }
 }
 
@@ -198,7 +154,7 @@ fn slowdown() {
             let bare = 1e9 / speed(&mut Ring::new(2, CPU));
             let mut ring = Ring::new(2, CPU);
             let with = if subject == Subject::Runqlat {
-                let Some(_peer) = Peer::start() else { continue };
+                let Some(_peer) = Peer::start("runqlat") else { continue };
                 speed(&mut ring)
             } else {
                 let mut ebpf = Ebpf::open(&[ProbeGroup::Sched]).unwrap();
