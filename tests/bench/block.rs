@@ -188,7 +188,9 @@ impl Fio {
     fn go(mut self) -> f64 {
         self.0.stdin.take().unwrap().write_all(b"\n").unwrap();
         let output = self.0.wait_with_output().unwrap();
-        let told: serde_json::Value = serde_json::from_slice(&output.stdout).expect("fio's answer");
+        // fio may have something to say before its answer.
+        let answer = output.stdout.iter().position(|byte| *byte == b'{').unwrap_or_default();
+        let told: serde_json::Value = serde_json::from_slice(&output.stdout[answer..]).expect("fio's answer");
         ["read", "write"].map(|of| told["jobs"][0][of]["total_ios"].as_f64().unwrap()).iter().sum()
     }
 }
