@@ -219,7 +219,7 @@ fn split_while_running(round: Round, vcpus: u32) -> (RunParts, u64) {
     let mut watched = Watched::new(vcpus, round, Irqchip::None);
     for tid in watched.machine.tids() {
         let mut cpus = rustix::thread::CpuSet::new();
-        cpus.set(1);
+        cpus.set(0);
         let tid = rustix::process::Pid::from_raw(tid.cast_signed());
         rustix::thread::sched_setaffinity(tid, &cpus).unwrap();
     }

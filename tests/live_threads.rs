@@ -81,7 +81,7 @@ fn every_thread_of_a_guest_is_accounted() {
     let spec = GuestSpec {
         vcpus: 2,
         vcpus_max: Some(3),
-        vcpu_pin: Some("1".to_owned()),
+        vcpu_pin: Some("0".to_owned()),
         disks: vec![iothread, pool],
         ..GuestSpec::new(NAME, "wait read=vda:512x4096 read=vdb:512x4096 wait burn=all:3600s")
     };

@@ -50,7 +50,7 @@ fn measure_all() -> Result<Vec<Value>> {
         process::run(command.current_dir(&program.package))
     })?;
     rows.extend(measure(&vm::out(SERIES).join(ROWS), |_| {
-        ensure!(vm::command(&built, SERIES, &words(&program))?, "the cells on device-mapper failed");
+        ensure!(vm::command_on(&built, SERIES, &words(&program))?, "the cells on device-mapper failed");
         Ok(())
     })?);
     Ok(rows)

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use lab::interrupt;
-use lab::vm::{End, Outcome, Vm};
+use lab::vm::{Cpus, End, Outcome, Vm};
 
 use crate::build::{self, Built};
 use crate::report::{Counts, Report, Verdict};
@@ -22,8 +22,10 @@ use crate::{kernel, paths, process};
 
 /// The kernels that kvm-monitor is tried on beside the running one: the oldest promised, and a long-term one.
 pub(crate) const SERIES: [&str; 2] = ["6.1", "6.12"];
-/// For everything that one VM does after its boot.
-const LIMIT: Duration = Duration::from_secs(40 * 60);
+/// Programs that need two CPUs, one to watch from. All others run on one, which is safer and quicker.
+const TWO_CPUS: [&str; 2] = ["live_parity", "live_sched"];
+/// For everything that the VMs of one kernel do after their boot.
+const LIMIT: Duration = Duration::from_secs(150 * 60);
 /// For one test program.
 const PROGRAM_LIMIT: &str = "12m";
 /// What `cargo xtask test` runs: on one kernel, the parts of these programs whose tests have the word in their names. What
@@ -44,7 +46,24 @@ struct Request {
     filters: Vec<String>,
     /// No more than what `cargo xtask test` runs.
     short: bool,
+    /// Of the VM; else as the program needs.
+    cpus: Option<Cpus>,
     command: Vec<String>,
+}
+
+/// A VM to boot.
+#[derive(Clone, Copy)]
+struct Host<'s> {
+    series: &'s str,
+    /// For everything after the boot.
+    limit: Duration,
+    cpus: Cpus,
+}
+
+impl<'s> Host<'s> {
+    fn new(series: &'s str) -> Self {
+        Self { series, limit: LIMIT, cpus: Cpus::One }
+    }
 }
 
 /// The subcommand: whether all tests (or the command) succeeded on each kernel.
@@ -63,18 +82,25 @@ pub(crate) fn run(args: &[String]) -> Result<bool> {
     let mut succeeded = true;
     let chosen = choose(&programs, &request.filters);
     for series in request.series {
+        let host = Host { cpus: request.cpus.unwrap_or(Cpus::One), ..Host::new(series) };
         if request.command.is_empty() {
-            tests(&built, chosen.as_ref().map_err(|e| anyhow!("{e:#}"))?, (series, LIMIT), &mut report)?;
+            let chosen = chosen.as_ref().map_err(|e| anyhow!("{e:#}"))?;
+            tests(&built, (chosen, request.cpus), host, &mut report)?;
         } else {
-            succeeded &= command(&built, series, &request.command)?;
+            succeeded &= command(&built, host, &request.command)?;
         }
     }
     Ok(if request.command.is_empty() { report.finish() } else { succeeded })
 }
 
 fn parse(args: &[String]) -> Result<Request> {
-    let mut request =
-        Request { series: SERIES.to_vec(), filters: Vec::new(), short: false, command: Vec::new() };
+    let mut request = Request {
+        series: SERIES.to_vec(),
+        filters: Vec::new(),
+        short: false,
+        cpus: None,
+        command: Vec::new(),
+    };
     let mut args = args.iter();
     while let Some(option) = args.next() {
         match option.as_str() {
@@ -90,11 +116,21 @@ fn parse(args: &[String]) -> Result<Request> {
             }
             "--filter" => request.filters.push(args.next().context("--filter needs a name")?.clone()),
             "--short" => request.short = true,
-            other => bail!("lab takes --kernel, --filter, --short and --, not `{other}`"),
+            "--cpus" => {
+                request.cpus = Some(match args.next().map(String::as_str) {
+                    Some("1") => Cpus::One,
+                    Some("2") => Cpus::TwoInTurn,
+                    Some("2-at-once") => Cpus::TwoAtOnce,
+                    _ => bail!("--cpus is one of 1, 2 and 2-at-once"),
+                });
+            }
+            other => bail!("lab takes --kernel, --filter, --short, --cpus and --, not `{other}`"),
         }
     }
-    let chosen =
-        !request.filters.is_empty() || request.series.len() < SERIES.len() || !request.command.is_empty();
+    let chosen = !request.filters.is_empty()
+        || request.series.len() < SERIES.len()
+        || request.cpus.is_some()
+        || !request.command.is_empty();
     ensure!(!request.short || !chosen, "--short chooses kernel and tests itself");
     ensure!(request.filters.is_empty() || request.command.is_empty(), "--filter chooses tests, not commands");
     Ok(request)
@@ -110,7 +146,9 @@ pub(crate) fn short(programs: &[TestProgram], report: &mut Report) -> Result<()>
     }
     let possible = build::prepare_live().and_then(|built| kernel::of_series(SHORT_SERIES).map(|_| built));
     match possible {
-        Ok(built) => tests(&built, &chosen, (SHORT_SERIES, SHORT_LIMIT), report),
+        Ok(built) => {
+            tests(&built, (&chosen, None), Host { limit: SHORT_LIMIT, ..Host::new(SHORT_SERIES) }, report)
+        }
         Err(error) => {
             let reason = format!("{error:#}");
             for (program, _) in chosen {
@@ -125,7 +163,7 @@ pub(crate) fn short(programs: &[TestProgram], report: &mut Report) -> Result<()>
 /// What commands for the shell print in the VM of a kernel.
 pub(crate) fn output_of(built: &Built, series: &str, commands: &str) -> Result<String> {
     let mut printed = String::new();
-    let outcome = boot(built, (series, LIMIT), commands.to_owned(), |line| {
+    let outcome = boot(built, Host::new(series), commands.to_owned(), |line| {
         printed.push_str(line);
         printed.push('\n');
     })?;
@@ -134,17 +172,21 @@ pub(crate) fn output_of(built: &Built, series: &str, commands: &str) -> Result<S
 }
 
 /// Runs one command in the directory of the caller.
-pub(crate) fn command(built: &Built, series: &str, words: &[String]) -> Result<bool> {
-    let mut commands = environment(built);
+pub(crate) fn command_on(built: &Built, series: &str, words: &[String]) -> Result<bool> {
+    command(built, Host::new(series), words)
+}
+
+fn command(built: &Built, host: Host<'_>, words: &[String]) -> Result<bool> {
+    let mut commands = environment(built, host.cpus);
     let here = env::current_dir().context("the working directory is gone")?;
     writeln!(commands, "cd {}", quote(&here.to_string_lossy()))?;
     commands.push_str(&words.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "));
-    let outcome = boot(built, (series, LIMIT), commands, |line| println!("{line}"))?;
+    let outcome = boot(built, host, commands, |line| println!("{line}"))?;
     match outcome.end {
         End::Exited(0) => {}
         End::Exited(status) => eprintln!("exit status {status}"),
-        End::TimedOut => eprintln!("not done after {} s", LIMIT.as_secs()),
-        End::Died => eprintln!("the VM ended by itself; see {}", out(series).join("console.log").display()),
+        End::TimedOut => eprintln!("not done after {} s", host.limit.as_secs()),
+        End::Died => eprintln!("the VM died: {}", last_words(host.series)),
     }
     Ok(outcome.end == End::Exited(0))
 }
@@ -152,58 +194,93 @@ pub(crate) fn command(built: &Built, series: &str, words: &[String]) -> Result<b
 /// Runs the tests, and looks at the state of the kernel afterwards.
 fn tests(
     built: &Built,
-    chosen: &[(&TestProgram, String)],
-    (series, limit): (&str, Duration),
+    (chosen, cpus): (&[(&TestProgram, String)], Option<Cpus>),
+    host: Host<'_>,
     report: &mut Report,
 ) -> Result<()> {
+    let Host { series, limit, .. } = host;
     let kept = Kept::new(series)?;
-    let environment = environment(&kept.all_of(built)?);
+    let kept_built = kept.all_of(built)?;
     let mut lines = Vec::new();
     for (program, test) in chosen {
         let (file, package) = (kept.keep(&program.file)?, program.package.to_string_lossy());
         let file = quote(&file.to_string_lossy());
         lines.push(format!("run {} {} {file} {}\n", program.name, quote(&package), quote(test)));
     }
+    let names: Vec<&str> = chosen.iter().map(|(program, _)| program.name.as_str()).collect();
+    let cpus_of = |program: usize| cpus.unwrap_or_else(|| cpus_for(names[program]));
     let mut results = Results::default();
-    let (mut next, mut died_in) = (0, None);
     let deadline = Instant::now() + limit;
-    let outcome = loop {
-        let commands = [&environment, RUN, &lines[next..].concat(), LOOK].concat();
-        let left = deadline.saturating_duration_since(Instant::now());
-        let outcome = boot(built, (series, left), commands, |line| results.take(line))?;
-        next = results.ended.len();
-        if outcome.end != End::Died || next == chosen.len() || died_in == Some(next) {
-            break outcome;
+    let end = loop {
+        // The VM of the first that is left, and all that run in one like it.
+        let left: Vec<_> = (0..names.len()).filter(|i| results.is_left(names[*i])).collect();
+        let cpus = left.first().map_or(host.cpus, |first| cpus_of(*first));
+        let left: Vec<_> = left.into_iter().filter(|i| cpus_of(*i) == cpus).collect();
+        let programs: String = left.iter().map(|i| lines[*i].as_str()).collect();
+        let commands = [&environment(&kept_built, cpus), RUN, &programs, LOOK].concat();
+        let host = Host { limit: deadline.saturating_duration_since(Instant::now()), cpus, ..host };
+        let ended = results.ended.len();
+        let outcome = boot(built, host, commands, |line| results.take(line))?;
+        match outcome.end {
+            End::Exited(0) if results.ended.len() > ended && names.iter().any(|n| results.is_left(n)) => {}
+            End::Died => {
+                // The emulator's fault more often than not: once more from there, but not for ever.
+                let during = results.died(left.iter().map(|i| names[*i]));
+                eprintln!("lab: THE VM DIED in {during}: {}", last_words(series));
+                if left.is_empty() && results.deaths_in(&during) >= Results::DEATHS {
+                    break End::Died;
+                }
+            }
+            end => break end,
         }
-        // Emulated nested virtualization does that now and then, to any kernel; what the program does to it, it does again.
-        let console = fs::read_to_string(out(series).join("console.log")).unwrap_or_default();
-        eprintln!("lab: the VM died in {}; once more from there. Its last words:", chosen[next].0.name);
-        console
-            .lines()
-            .rev()
-            .take(40)
-            .collect::<Vec<_>>()
-            .iter()
-            .rev()
-            .for_each(|line| eprintln!("  {line}"));
-        died_in = Some(next);
     };
-    for (program, _) in chosen {
-        let name = format!("{series} {}", program.name);
-        match results.ended.get(&program.name) {
-            Some(counts) => report.add_program(&name, *counts),
-            None => report.add(&name, Verdict::Failed(format!("did not end: {:?}", outcome.end))),
+    let table = results.table(series, &names);
+    judge(&results, (series, &names, end), report)?;
+    println!("\n{table}");
+    fs::write(out(series).join("results.md"), table).context("cannot write the results")
+}
+
+/// Reports what became of each program, and of the kernel.
+fn judge(results: &Results, (series, names, end): (&str, &[&str], End), report: &mut Report) -> Result<()> {
+    for name in names {
+        let what = format!("{series} {name}");
+        match results.ended.get(*name) {
+            Some((counts, _)) => report.add_program(&what, *counts),
+            None if results.deaths_in(name) > 0 => {
+                report.add(&what, Verdict::Failed("the VM died in it, each time".to_owned()));
+            }
+            None => report.add(&what, Verdict::Failed(format!("did not end: {end:?}"))),
         }
     }
-    if outcome.end == End::Exited(0) {
-        ensure!(results.looks.len() == LOOKS, "the VM did not look at its kernel: {:?}", results.looks);
+    if end == End::Exited(0) {
+        ensure!(
+            results.looks.len() >= LOOKS && results.looks.len().is_multiple_of(LOOKS),
+            "the VM did not look at its kernel: {:?}",
+            results.looks
+        );
     }
-    for (what, complaint) in results.looks {
-        let verdict = if complaint.is_empty() { Verdict::Passed } else { Verdict::Failed(complaint) };
+    for (what, complaint) in &results.looks {
+        let verdict = if complaint.is_empty() { Verdict::Passed } else { Verdict::Failed(complaint.clone()) };
         report.add(&format!("{series} {what}"), verdict);
     }
-    eprintln!("lab: {series}: {}", results.seconds.join(", "));
     Ok(())
+}
+
+fn cpus_for(program: &str) -> Cpus {
+    if TWO_CPUS.contains(&program) { Cpus::TwoInTurn } else { Cpus::One }
+}
+
+/// The end of the console of a VM that died: what its kernel said.
+fn last_words(series: &str) -> String {
+    let console = out(series).join("console.log");
+    let text = fs::read(&console).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    // The next boot writes it anew.
+    let kept = out(series).join("console-of-death.log");
+    let _ = fs::write(&kept, text.as_bytes());
+    let end = lines[lines.len().saturating_sub(40)..].join("\n  ");
+    format!("all of its console is in {}, which ends with\n  {end}", kept.display())
 }
 
 /// The programs as they are now: a build that goes on meanwhile replaces files, and the VM would see half of each.
@@ -290,13 +367,54 @@ echo "lab-vm: look no BPF program is left;$left"
 struct Results {
     current: Counts,
     seen: bool,
-    ended: BTreeMap<String, Counts>,
-    /// How long each program took, in words.
-    seconds: Vec<String>,
+    /// With the seconds that each took.
+    ended: BTreeMap<String, (Counts, u64)>,
+    /// The program that runs.
+    running: Option<String>,
+    /// Programs in which the VM died; those between two programs count for the next one.
+    deaths: Vec<String>,
     looks: Vec<(String, String)>,
 }
 
 impl Results {
+    /// Deaths of the VM in the same program until it is given up.
+    const DEATHS: usize = 2;
+
+    fn is_left(&self, program: &str) -> bool {
+        !self.ended.contains_key(program) && self.deaths_in(program) < Self::DEATHS
+    }
+
+    fn deaths_in(&self, program: &str) -> usize {
+        self.deaths.iter().filter(|name| *name == program).count()
+    }
+
+    /// Notes that the VM died, with these programs left.
+    fn died<'n>(&mut self, left: impl IntoIterator<Item = &'n str>) -> String {
+        let next = left.into_iter().find(|name| !self.ended.contains_key(*name));
+        let during = self.running.take().or(next.map(str::to_owned)).unwrap_or_else(|| "its end".to_owned());
+        self.deaths.push(during.clone());
+        // Of the VMs before, which looked at their kernels.
+        self.looks.truncate(self.looks.len() / LOOKS * LOOKS);
+        during
+    }
+
+    /// For a person: each program, and how often its VM died before it ended.
+    fn table(&self, series: &str, names: &[&str]) -> String {
+        let mut table =
+            format!("| {series} | passed | failed | skipped | s | VM died |\n|---|---|---|---|---|---|\n");
+        for name in names {
+            let deaths = self.deaths_in(name);
+            let row = match self.ended.get(*name) {
+                Some((Counts { passed, failed, skipped }, seconds)) => {
+                    format!("| {name} | {passed} | {failed} | {skipped} | {seconds} | {deaths} |\n")
+                }
+                None => format!("| {name} | - | - | - | - | {deaths} |\n"),
+            };
+            table.push_str(&row);
+        }
+        table
+    }
+
     fn take(&mut self, line: &str) {
         let Some(mark) = line.strip_prefix(MARK) else {
             println!("{line}");
@@ -310,15 +428,16 @@ impl Results {
             ["begin", name] => {
                 eprintln!("\n--- {name}");
                 (self.current, self.seen) = (Counts::default(), false);
+                self.running = Some(name.to_owned());
             }
             ["end", name, status, seconds] => {
                 eprintln!("--- {name}: status {status} after {seconds} s");
-                self.seconds.push(format!("{name} {seconds} s"));
                 // A crash prints no sum, or a good one before it.
                 if (status != "0" || !self.seen) && self.current.failed == 0 {
                     self.current.failed = 1;
                 }
-                self.ended.insert(name.to_owned(), self.current);
+                self.ended.insert(name.to_owned(), (self.current, seconds.parse().unwrap_or(0)));
+                self.running = None;
             }
             ["look", ..] => {
                 let (what, complaint) =
@@ -331,19 +450,14 @@ impl Results {
 }
 
 /// Boots the VM of a kernel and says how long it took.
-fn boot(
-    built: &Built,
-    (series, limit): (&str, Duration),
-    commands: String,
-    line: impl FnMut(&str),
-) -> Result<Outcome> {
+fn boot(built: &Built, host: Host<'_>, commands: String, line: impl FnMut(&str)) -> Result<Outcome> {
     let vm = Vm {
-        kernel_dir: kernel::of_series(series)?,
+        kernel_dir: kernel::of_series(host.series)?,
         init: built.guest_init.with_file_name("host"),
-        out: out(series),
+        out: out(host.series),
         commands,
-        limit,
-        cpus: 2,
+        limit: host.limit,
+        cpus: host.cpus,
         memory_mib: 3072,
     };
     fs::create_dir_all(&vm.out).with_context(|| format!("cannot make {}", vm.out.display()))?;
@@ -379,16 +493,22 @@ pub(crate) fn out(series: &str) -> PathBuf {
 }
 
 /// What the programs in the VM find in their environment.
-fn environment(built: &Built) -> String {
+fn environment(built: &Built, cpus: Cpus) -> String {
     let set = |name: &str, value: &Path| format!("export {name}={}\n", quote(&value.to_string_lossy()));
+    // The caller's wishes, such as KVM_MONITOR_KILL_ROUNDS; what follows is not theirs to say.
+    // A guest in guest mode was seen not to boot within minutes where two CPUs take turns.
+    let accelerator = if cpus == Cpus::TwoInTurn { "tcg" } else { "kvm" };
+    let wishes = env::vars().filter(|(name, _)| name.starts_with("KVM_MONITOR_"));
+    let wishes: String = wishes.map(|(name, value)| set(&name, Path::new(&value))).collect();
     [
+        wishes,
         set("KVM_MONITOR_BIN", &built.monitor),
         set("KVM_MONITOR_GUEST_INIT", &built.guest_init),
         set("KVM_MONITOR_KVMEX", &built.kvmex),
         set("KVM_MONITOR_LAB_KERNEL", &built.kernel_dir),
         set("KVM_MONITOR_LAB_DIR", Path::new("/scratch")),
         format!(
-            "export KVM_MONITOR_LAB_ACCELERATOR=kvm KVM_MONITOR_HOST_UNDER_TEST=1\nlimit={PROGRAM_LIMIT}\n"
+            "export KVM_MONITOR_LAB_ACCELERATOR={accelerator} KVM_MONITOR_HOST_UNDER_TEST=1\nlimit={PROGRAM_LIMIT}\n"
         ),
     ]
     .concat()
@@ -411,6 +531,8 @@ mod tests {
     fn a_request_names_kernels_and_tests_or_a_command() {
         let all = parsed(&[]).unwrap();
         assert_eq!((all.series, all.filters.len(), all.command.len()), (SERIES.to_vec(), 0, 0));
+        assert_eq!(all.cpus, None);
+        assert_eq!(parsed(&["--cpus", "2-at-once"]).unwrap().cpus, Some(Cpus::TwoAtOnce));
         let one = parsed(&["--kernel", "6.12", "--filter", "live_kvm", "--filter", "live_net"]).unwrap();
         assert_eq!(
             (one.series, one.filters),
@@ -424,6 +546,8 @@ mod tests {
             &["--"],
             &["--filter", "x", "--", "y"],
             &["--short", "--kernel", "6.1"],
+            &["--short", "--cpus", "1"],
+            &["--cpus", "3"],
         ] {
             assert!(parsed(wrong).is_err(), "{wrong:?}");
         }
@@ -442,10 +566,31 @@ mod tests {
             "lab-vm: look no BPF program is left;[{\"id\":1}]",
         ];
         lines.iter().for_each(|line| results.take(line));
-        assert_eq!(results.ended["live_a"], Counts { passed: 2, failed: 0, skipped: 1 });
-        assert_eq!(results.ended["live_b"].failed, 1, "it crashed");
+        assert_eq!(results.ended["live_a"], (Counts { passed: 2, failed: 0, skipped: 1 }, 3));
+        assert_eq!(results.ended["live_b"].0.failed, 1, "it crashed");
         let complaints: Vec<_> = results.looks.iter().map(|(_, complaint)| complaint.as_str()).collect();
         assert_eq!(complaints, ["", "[{\"id\":1}]"]);
+    }
+
+    #[test]
+    fn a_death_of_the_vm_is_not_a_failure_of_the_program_that_passes_in_the_next_one() {
+        let mut results = Results::default();
+        let names = ["live_a", "live_b"];
+        let give = |results: &mut Results, lines: &[&str]| lines.iter().for_each(|line| results.take(line));
+        let left = |results: &Results| names.map(|name| results.is_left(name));
+        give(&mut results, &["lab-vm: begin live_a"]);
+        assert_eq!(results.died(names), "live_a");
+        assert_eq!(left(&results), [true, true]);
+        give(&mut results, &["lab-vm: begin live_a", "test result: ok. 1 passed; 0 failed; 0 ignored"]);
+        give(&mut results, &["lab-vm: end live_a 0 7", "lab-vm: begin live_b"]);
+        assert_eq!((results.died(names), left(&results)), ("live_b".to_owned(), [false, true]));
+        // Before it began, this time: it is given up all the same.
+        assert_eq!((results.died(names), left(&results)), ("live_b".to_owned(), [false, false]));
+        let table = results.table("6.1", &names);
+        assert!(
+            table.ends_with("| live_a | 1 | 0 | 0 | 7 | 1 |\n| live_b | - | - | - | - | 2 |\n"),
+            "{table}"
+        );
     }
 
     #[test]

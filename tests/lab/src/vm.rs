@@ -49,10 +49,22 @@ pub struct Vm {
     pub commands: String,
     /// From the first command to the last.
     pub limit: Duration,
-    /// Number of CPUs.
-    pub cpus: u32,
+    /// Its CPUs, and who emulates them.
+    pub cpus: Cpus,
     /// Memory, MiB.
     pub memory_mib: u32,
+}
+
+/// The CPUs of a machine, and the threads of QEMU that execute their instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cpus {
+    /// A single one: what a kernel does to its own code is done before anybody executes it.
+    One,
+    /// Two that one thread executes in turn. Guests of the machine are very slow.
+    TwoInTurn,
+    /// Two at once. A kernel that patches its code while the other CPU runs it may die: what QEMU translated before
+    /// stays.
+    TwoAtOnce,
 }
 
 /// How a machine ended.
@@ -307,8 +319,14 @@ exec "$@""#;
 fn qemu(vm: &Vm, place: &Place) -> Result<Command> {
     let mut command = Command::new(find_program("qemu-system-x86_64", "qemu-system-x86")?);
     let memory = format!("{}M", vm.memory_mib);
-    command.args(["-machine", "q35,memory-backend=memory", "-accel", "tcg,thread=multi,tb-size=512"]);
-    command.args(["-cpu", "EPYC,+svm,+npt", "-smp", &vm.cpus.to_string(), "-m", &memory]);
+    let (number, threads) = match vm.cpus {
+        Cpus::One => ("1", "single"),
+        Cpus::TwoInTurn => ("2", "single"),
+        Cpus::TwoAtOnce => ("2", "multi"),
+    };
+    command.args(["-machine", "q35,memory-backend=memory"]);
+    command.args(["-accel", &format!("tcg,thread={threads},tb-size=512")]);
+    command.args(["-cpu", "EPYC,+svm,+npt", "-smp", number, "-m", &memory]);
     command.arg("-object").arg(format!("memory-backend-memfd,id=memory,size={memory},share=on"));
     command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
     command.arg("-serial").arg(format!("file:{}", vm.out.join("console.log").display()));
