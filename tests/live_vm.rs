@@ -18,7 +18,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lab::{Guest, GuestSpec, Hog, Lab, LabDirs, NicBackend, NicSpec, UdpSink, Which, send_datagrams};
+use lab::tap::{NetSpace, RawTap, VnetHeader, frame, tcp_with_segments};
+use lab::vhost::{RING, VhostNet};
+use lab::{
+    DiskSpec, Guest, GuestSpec, Hog, Lab, LabDirs, NicBackend, NicSpec, UdpSink, Which, send_datagrams,
+};
+use monitor::{
+    source::ebpf::{Ebpf, probes::ProbeGroup},
+    units::NicKey,
+};
 use serde_json::Value;
 use support::{Run, is_change_of, is_sample_of, program};
 
@@ -28,6 +36,8 @@ mod support;
 
 /// A guest of an emulated host boots slowly.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// A tick of Debian's kernels.
+const TICK_NS: u64 = 4_000_000;
 const UUID: &str = "5ec0de00-0000-4000-8000-0000000000f7";
 /// Every read of libvirt brings every group.
 const QUICK: [&str; 6] =
@@ -182,23 +192,106 @@ fn run_ns(tid: u32) -> u64 {
     stat.split(' ').next().unwrap().parse().unwrap()
 }
 
+/// The packets of one direction, with their `virtio_net_hdr`: every length of an Ethernet frame, and now and then one that
+/// asks for segments.
+struct Mixture {
+    plain: Vec<u8>,
+    large: Vec<u8>,
+    step: usize,
+    number: usize,
+    /// What it has given so far: packets, bytes, packets after segmentation.
+    given: [u64; 3],
+}
+
+impl Mixture {
+    /// One in so many asks for segments.
+    const LARGE: usize = 500;
+    const HEADER: usize = 10;
+    const PAYLOAD: usize = 20_000;
+    const SEGMENT: u16 = 1448;
+
+    fn new(step: usize, (to, from): ([u8; 6], [u8; 6])) -> Self {
+        let plain = [vec![0; Self::HEADER], frame(to, from, 1514)].concat();
+        let mut large = tcp_with_segments(Self::PAYLOAD, Self::SEGMENT);
+        large[Self::HEADER..Self::HEADER + 6].copy_from_slice(&to);
+        large[Self::HEADER + 6..Self::HEADER + 12].copy_from_slice(&from);
+        Self { plain, large, step, number: 0, given: [0; 3] }
+    }
+
+    fn next(&mut self) -> &[u8] {
+        self.number += 1;
+        let (packet, wire) = if self.number.is_multiple_of(Self::LARGE) {
+            (&self.large[..], Self::PAYLOAD.div_ceil(usize::from(Self::SEGMENT)))
+        } else {
+            (&self.plain[..Self::HEADER + 60 + self.number * self.step % 1455], 1)
+        };
+        let [packets, bytes, on_wire] = &mut self.given;
+        (*packets, *bytes) = (*packets + 1, *bytes + (packet.len() - Self::HEADER) as u64);
+        *on_wire += wire as u64;
+        packet
+    }
+}
+
+/// A tap that the kernel's vhost serves, with this test in the place of the guest: nothing is lost or counted twice,
+/// however the vhost of this kernel hands packets to the tap.
+#[test]
+fn a_million_packets_each_way_through_vhost_are_exact() {
+    const PACKETS: usize = 1_000_000;
+    const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x77, 2, 1];
+    const HOST: [u8; 6] = [0xfe, 0x54, 0, 0x77, 2, 1];
+    only_here();
+    let mut ebpf = Ebpf::open(&[ProbeGroup::Net]).unwrap();
+    let space = NetSpace::new().unwrap();
+    let tap = RawTap::open(&space, "tap0", 1, VnetHeader::Yes).unwrap();
+    let key = NicKey { netns: space.inode().unwrap(), ifindex: space.ifindex("tap0").unwrap() };
+    let slot = ebpf.watch(key, 0).unwrap();
+    let mut guest = VhostNet::start(&tap).unwrap();
+    let socket = space.frame_socket("tap0", VnetHeader::Yes).unwrap();
+    let (mut to_guest, mut to_host) =
+        (Mixture::new(7919, (GUEST, HOST)), Mixture::new(3 * 7919, (HOST, GUEST)));
+    let (began, mut arrived) = (Instant::now(), [0, 0]);
+    // Half of a ring at a time, so that none is ever full.
+    let batch = usize::from(RING / 2);
+    while to_guest.number < PACKETS {
+        let count = batch.min(PACKETS - to_guest.number);
+        (0..count).for_each(|_| socket.send(to_guest.next()).unwrap());
+        let packets: Vec<Vec<u8>> = (0..count).map(|_| to_host.next().to_vec()).collect();
+        guest.send(packets.iter().map(Vec::as_slice)).unwrap();
+        let arrive = |packet: &[u8]| arrived = [arrived[0] + 1, arrived[1] + packet.len() as u64];
+        guest.receive(count, arrive).unwrap();
+    }
+    println!("{PACKETS} packets each way in {:.1} s", began.elapsed().as_secs_f64());
+    ebpf.read().unwrap();
+    let traffic = ebpf.traffic(&slot).unwrap().clone();
+    let kernel = space.counters("tap0").unwrap();
+    println!("to the guest {:?}, from it {:?}\n{traffic:?}\n{kernel:?}", to_guest.given, to_host.given);
+    assert_eq!(arrived, to_guest.given[..2], "what the guest received");
+    for (side, truth) in [(traffic.xmit, to_guest.given), (traffic.receive, to_host.given)] {
+        assert_eq!([side.packets, side.bytes, side.wire_packets.unwrap()], truth);
+    }
+    assert_eq!([kernel.tx_packets, kernel.tx_bytes], to_guest.given[..2]);
+    assert_eq!([kernel.rx_packets, kernel.rx_bytes], to_host.given[..2]);
+    assert_eq!(traffic.refused, 0);
+    assert_eq!(ebpf.sources(&slot), [Some(HOST), Some(GUEST)]);
+}
+
 // ---- steal
 
 /// A busy loop shares the CPU of a busy vCPU. What the guest's kernel counts as stolen is what its thread waited here.
 #[test]
 fn what_a_guest_sees_as_steal_is_its_wait() {
-    const TICK_NS: u64 = 10_000_000; // The guest counts in these.
+    const GUEST_TICK_NS: u64 = 10_000_000; // Of /proc/stat.
     let lab = lab();
     let spec = GuestSpec {
         uuid: Some(UUID.to_owned()),
-        vcpu_pin: Some("1".to_owned()),
+        vcpu_pin: Some("0".to_owned()),
         ..GuestSpec::new("steal", "wait burn=cpu0:8s end=idle")
     };
     let guest = lab.boot(&spec).unwrap();
     guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
     let mut run = start(&lab, "steal");
     let before = fresh(&mut run, "a sample at rest", |_| true);
-    let hog = Hog::start(&lab, 1).unwrap();
+    let hog = Hog::start(&lab, 0).unwrap();
     guest.go_on(PATIENCE).unwrap();
     let truth = guest.wait_end(PATIENCE).unwrap();
     drop(hog);
@@ -207,7 +300,7 @@ fn what_a_guest_sees_as_steal_is_its_wait() {
     let wait = ebpf(&after, "vcpus", "wait_ns") - ebpf(&before, "vcpus", "wait_ns");
     // Since the start of its script, before which there was no rival, nor any time to steal.
     let ticks = truth.end.as_ref().unwrap().kernel.get("stat.cpu0.steal").copied().unwrap_or(0);
-    let steal = ticks.unsigned_abs() * TICK_NS;
+    let steal = ticks.unsigned_abs() * GUEST_TICK_NS;
     println!("waited {wait} ns, stolen {steal} ns by the guest's count");
     assert!(steal > 1_000_000_000, "nobody took the CPU");
     assert!(wait.abs_diff(steal) <= steal / 20, "waited {wait} ns, the guest says {steal}");
@@ -276,6 +369,10 @@ fn modprobe(modules: &[&str]) {
     tool("modprobe", &[&["--all"], modules].concat());
 }
 
+fn modprobe_with(module: &str, parameters: &[&str]) {
+    tool("modprobe", &[&[module], parameters].concat());
+}
+
 /// Without udev nobody else makes the files of devices.
 fn tool(name: &str, arguments: &[&str]) -> String {
     let output = Command::new(name).env("DM_DISABLE_UDEV", "1").args(arguments).output().unwrap();
@@ -314,15 +411,16 @@ fn a_known_delay_of_a_disk_is_in_its_latencies() {
     let lab = lab();
     let device = Device::new(&lab, "lab-slow");
     device.become_(&device.delay(DELAY_MS));
-    assert_delay_is_seen(&lab, &device.path(), "native");
+    // It waits for a number of ticks, the first of which has begun (drivers/md/dm-delay.c: delay_bio()).
+    let delay_ns = u64::from(DELAY_MS) * 1_000_000 - TICK_NS;
+    assert_delay_is_seen(&lab, (&device.path(), "native"), delay_ns);
 }
 
 const DELAY_MS: u32 = 30;
 
-/// Reads of a guest on a device that lets each wait for [`DELAY_MS`].
-fn assert_delay_is_seen(lab: &Lab, device: &str, io: &str) {
+/// Reads of a guest on a device that lets each wait for that long at least.
+fn assert_delay_is_seen(lab: &Lab, (device, io): (&str, &str), delay_ns: u64) {
     const READS: u64 = 40;
-    let delay_ns = u64::from(DELAY_MS) * 1_000_000;
     let guest = boot_with(lab, &disk_xml(device, "vda", io), &format!("wait read=vda:{READS}x4096 end=idle"));
     let mut run = start(lab, "disks");
     let read = |r: &Value, metric: &str| disk(r, "vda")[metric]["ebpf"].as_u64();
@@ -342,10 +440,90 @@ fn assert_delay_is_seen(lab: &Lab, device: &str, io: &str) {
         }
     }
     let took = read(&after, "rd_time_ns").unwrap() - read(&before, "rd_time_ns").unwrap();
-    println!("{READS} reads took {took} ns; {slow} of them {DELAY_MS} ms and more");
+    println!("{READS} reads took {took} ns; {slow} of them {delay_ns} ns and more");
     assert!(took >= READS * delay_ns, "{took} ns");
     assert_eq!((slow, quick), (READS, 0), "reads as slow as the device, and quicker ones");
     guest.destroy().unwrap();
+}
+
+/// The same on a driver of another kind: requests that pass the block layer's queues, and never reach a device.
+#[test]
+fn a_known_delay_of_a_null_device_is_in_its_latencies() {
+    const IRQ_BY_TIMER: &str = "irqmode=2";
+    let lab = lab();
+    let delay_ns = u64::from(DELAY_MS) * 1_000_000;
+    let delay = format!("completion_nsec={delay_ns}");
+    // An earlier test may have had it with other parameters.
+    unload(&["null_blk"]);
+    modprobe_with("null_blk", &["nr_devices=1", "gb=1", IRQ_BY_TIMER, &delay]);
+    assert_delay_is_seen(&lab, ("/dev/nullb0", "threads"), delay_ns);
+    unload(&["null_blk"]);
+}
+
+/// What a guest leaves in the host's page cache is written later, by the kernel: to the byte what the guest wrote, and
+/// what the kernel charges to the control group that QEMU is in.
+#[test]
+fn what_the_kernel_writes_back_is_the_disks_and_its_groups() {
+    const WRITES: u64 = 200;
+    const BYTES: u64 = WRITES * 65_536;
+    /// Consoles and logs of the lab are written by members of the group, too.
+    const BESIDE: u64 = 1 << 20;
+    only_here();
+    let group = Group::enter();
+    let lab = lab();
+    let spec = GuestSpec {
+        uuid: Some(UUID.to_owned()),
+        disks: vec![DiskSpec { cache: "unsafe", io: "threads", ..DiskSpec::raw("vda", 16 << 20) }],
+        ..GuestSpec::new("disks", &format!("wait write=vda:{WRITES}x65536 end=idle"))
+    };
+    let guest = lab.boot(&spec).unwrap();
+    guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
+    let mut run = start(&lab, "disks");
+    let written = |r: &Value| disk(r, "vda")["device_wr_bytes"]["ebpf"].as_u64();
+    rustix::fs::sync();
+    let before = written(&fresh(&mut run, "the device's share", |r| written(r).is_some())).unwrap();
+    let charged_before = group.written();
+    guest.go_on(PATIENCE).unwrap();
+    guest.wait_end(PATIENCE).unwrap();
+    rustix::fs::sync();
+    let charged = group.written() - charged_before;
+    let after = fresh(&mut run, "what was written back", |r| written(r) >= Some(before + BYTES));
+    println!("{BYTES} bytes of the guest; {} by the probes, {charged} by the group", {
+        written(&after).unwrap() - before
+    });
+    assert_eq!(written(&after), Some(before + BYTES));
+    assert!((BYTES..BYTES + BESIDE).contains(&charged), "{charged} bytes by the group");
+    run.stop();
+    guest.destroy().unwrap();
+}
+
+/// A control group (version 2) that this process is in, and all that it starts, until this is dropped.
+struct Group(std::path::PathBuf);
+
+impl Group {
+    const ROOT: &str = "/sys/fs/cgroup";
+
+    fn enter() -> Self {
+        let group = Self(Path::new(Self::ROOT).join("lab-writeback"));
+        fs::create_dir(&group.0).unwrap();
+        fs::write(group.0.join("cgroup.procs"), std::process::id().to_string()).unwrap();
+        group
+    }
+
+    /// Bytes written by its members or on their behalf, to all disks.
+    fn written(&self) -> u64 {
+        let text = fs::read_to_string(self.0.join("io.stat")).unwrap();
+        // 254:0 rbytes=… wbytes=… rios=…
+        let words = text.split_whitespace().filter_map(|word| word.strip_prefix("wbytes="));
+        words.map(|bytes| bytes.parse::<u64>().unwrap()).sum()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = fs::write(Path::new(Self::ROOT).join("cgroup.procs"), std::process::id().to_string());
+        let _ = fs::remove_dir(&self.0); // Its other members end a moment later; the VM ends with it.
+    }
 }
 
 /// Every request fails for a while, under a guest that keeps asking; then none does any more.

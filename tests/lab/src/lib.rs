@@ -18,6 +18,7 @@ pub mod interrupt;
 mod space;
 mod supervisor;
 pub mod tap;
+pub mod vhost;
 pub mod vm;
 
 use std::ffi::OsStr;
