@@ -12,6 +12,7 @@ mod quota;
 mod threads;
 
 use std::{
+    collections::BTreeMap,
     path::Path,
     time::{Duration, Instant},
 };
@@ -186,20 +187,21 @@ fn preemptions_and_yields_are_those_of_proc() {
         ebpf.read().unwrap();
         ebpf.times(&slot)
     };
-    let mut matched = 0;
-    let mut base = None;
+    let mut ahead = BTreeMap::<u64, u32>::new();
     for _ in 0..500 {
         std::thread::sleep(Duration::from_millis(2));
         let (before, Some(times), after) = (proc(), read(), proc()) else { continue };
         if before != after {
             continue; // It was switched in between.
         }
-        let ahead = after.involuntary.0 - u64::from(times.preemptions);
-        assert_eq!(*base.get_or_insert(ahead), ahead, "{times:?} {after:?}");
-        matched += 1;
+        *ahead.entry(after.involuntary.0 - u64::from(times.preemptions)).or_default() += 1;
     }
-    println!("{matched} of 500 readings fell between two switches");
-    assert!(matched > 20);
+    let (base, between) = ahead.pop_first().unwrap();
+    println!("{between} of 500 readings fell between two switches, {ahead:?} in one");
+    // The kernel counts first and calls its tracepoint then (kernel/sched/core.c: __schedule()); a CPU that is emulated in
+    // turn with this one may stand still in between. What is lost would stay so.
+    assert!(ahead.keys().all(|within| *within == base + 1), "{base} and {ahead:?}");
+    assert!(between > 20 && ahead.values().all(|within| *within <= between / 10), "{between} and {ahead:?}");
 }
 
 /// Takes a CPU off line until dropped.
