@@ -18,7 +18,6 @@ use core::{
 };
 
 use aya_ebpf::{
-    EbpfContext as _,
     bindings::BPF_F_MMAPABLE,
     helpers::{bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_loop},
     macros::{btf_tracepoint, map},
@@ -26,11 +25,11 @@ use aya_ebpf::{
     programs::BtfTracePointContext,
 };
 use monitor_ebpf::{
-    ANY_PROCESS, BLOCK_DEVICE, BY_BIO, BY_CALL, BY_IOMAP, BlockLayout, CALL_FALLOCATE, CALL_FDATASYNC,
-    CALL_FSYNC, CALL_PREAD, CALL_PREADV, CALL_PWRITE, CALL_PWRITEV, FLIGHT_GROUPS, FLIGHT_PLACES, FLUSH,
-    FLUSH_BY_BIO, FLUSH_BY_CALL, FLUSH_BY_EXT4, Flight, FlightKeys, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
-    IMAGE_TABLE_PROBES, IMAGES, Image, ImageHistograms, ImageKey, ImageTable, MERGED, Operation,
-    PROCESS_FILTER_BITS, ProcessFilter, READ, WRITE, bucket, flight_group,
+    ANY_PROCESS, BLOCK_DEVICE, BY_BIO, BY_CALL, BY_IOMAP, BlockFilter, BlockLayout, CALL_FALLOCATE,
+    CALL_FDATASYNC, CALL_FSYNC, CALL_PREAD, CALL_PREADV, CALL_PWRITE, CALL_PWRITEV, FLIGHT_PROBES, FLIGHTS,
+    FLUSH, FLUSH_BY_BIO, FLUSH_BY_CALL, FLUSH_BY_EXT4, Flight, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
+    IMAGE_TABLE_PROBES, IMAGES, Image, ImageHistograms, ImageKey, ImageTable, MERGED, PROCESS_FILTER_BITS,
+    READ, WANTED_BELOW, WANTED_DEVICES, WRITE, bucket, flight_start,
 };
 
 use crate::{
@@ -42,24 +41,27 @@ use crate::{
 static BLOCK_LAYOUT: BlockLayout = BlockLayout::ZERO;
 
 #[map(name = "BLOCK_FILTER")]
-static BLOCK_FILTER: Array<ProcessFilter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+static BLOCK_FILTER: Array<BlockFilter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "IMAGE_TABLE")]
 static IMAGE_TABLE: Array<ImageTable> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "IMAGES")]
 static IMAGE_SLOTS: Array<Image> = Array::with_max_entries(IMAGES, BPF_F_MMAPABLE);
 #[map(name = "IMAGE_HIST")]
 static IMAGE_HIST: Array<ImageHistograms> = Array::with_max_entries(IMAGE_HISTOGRAMS, BPF_F_MMAPABLE);
-#[map(name = "FLIGHT_KEYS")]
-static FLIGHT_KEYS: Array<FlightKeys> = Array::with_max_entries(FLIGHT_GROUPS, BPF_F_MMAPABLE);
 #[map(name = "FLIGHTS")]
-static FLIGHTS: Array<[Flight; FLIGHT_PLACES]> = Array::with_max_entries(FLIGHT_GROUPS, BPF_F_MMAPABLE);
+static FLYING: Array<Flight> = Array::with_max_entries(FLIGHTS, BPF_F_MMAPABLE);
 
 /// `EAGAIN`: the kernel makes the same request again, in a context that may wait.
 const EAGAIN: i64 = 11;
-/// Sets the key of a thread in ext4 apart from that of the system call around it.
+/// `IOCB_NOWAIT` of `kiocb.ki_flags`, which is `RWF_NOWAIT` of include/uapi/linux/fs.h.
+const NO_WAIT: u32 = 8;
+/// Keys are distances between addresses, whose three highest bits are equal, or thread ids. This sets that of an io_uring
+/// request apart from that of the `kiocb` inside, which may be at the same address.
+const IN_URING: u64 = 1 << 62;
+/// Makes a thread id the key of a system call.
+const IN_CALL: u64 = 1 << 61;
+/// Makes a thread id the key of a flush in ext4, inside a system call or not.
 const IN_EXT4: u64 = 1 << 63;
-/// Sets the key of an io_uring request, its address, apart from all others.
-const IN_URING: u64 = !(1 << 62);
 
 /// A watched image.
 #[derive(Clone, Copy)]
@@ -74,14 +76,45 @@ impl Found {
         offset(&self.image.counted_by) & by != 0
     }
 
-    /// Chosen by comparisons: the verifier does not follow how the compiler writes a remainder.
+    /// The device below, if it is counted apart.
     #[inline(always)]
-    fn operation(self, operation: u32) -> &'static Operation {
-        match operation {
-            READ => &self.image.operations[0],
-            WRITE => &self.image.operations[1],
-            _ => &self.image.operations[2],
-        }
+    fn below(self) -> Option<Self> {
+        Self::at(offset(&self.image.below).checked_sub(1)? as u16)
+    }
+
+    #[inline(always)]
+    fn at(slot: u16) -> Option<Self> {
+        // SAFETY: a valid map value; counters are added to atomically.
+        let image = unsafe { IMAGE_SLOTS.get_ptr(u32::from(slot))?.as_ref()? };
+        Some(Self { slot, image })
+    }
+}
+
+/// The place of an operation in an array. Chosen by comparisons: the verifier does not follow how the compiler writes a
+/// remainder.
+#[inline(always)]
+fn of_operation<T>(all: &[T; 3], operation: u32) -> &T {
+    match operation {
+        READ => &all[0],
+        WRITE => &all[1],
+        _ => &all[2],
+    }
+}
+
+/// A request as it begins.
+#[derive(Clone, Copy)]
+struct Request {
+    operation: u32,
+    /// 0 if not known.
+    bytes: u64,
+    /// The kernel may give it up without a trace, and make it again with the same key.
+    no_wait: bool,
+}
+
+impl Request {
+    #[inline(always)]
+    const fn new(operation: u32, bytes: u64) -> Self {
+        Self { operation, bytes, no_wait: false }
     }
 }
 
@@ -116,8 +149,10 @@ pub(crate) fn iomap_dio_rw_begin(ctx: BtfTracePointContext) -> i32 {
         add(&found.image.open_bytes, bytes);
         return 0;
     }
+    // SAFETY: as above.
+    let no_wait = unsafe { load::<u32>(kiocb, offset(&BLOCK_LAYOUT.kiocb_flags)) } & NO_WAIT != 0;
     if let Some(key) = key_of(kiocb) {
-        begin(key, found, if written { WRITE } else { READ }, bytes);
+        begin(key, found, Request { operation: if written { WRITE } else { READ }, bytes, no_wait });
     }
     0
 }
@@ -160,6 +195,7 @@ pub(crate) fn block_bio_queue(ctx: BtfTracePointContext) -> i32 {
     if !(mine || may_be_watched(ANY_PROCESS.into()) && is_kernel_thread()) {
         return 0;
     }
+    let Some(filter) = filter() else { return 0 };
     let bio: Address = ctx.arg(0);
     // SAFETY: an argument of a BTF tracepoint, and what is loaded through it.
     let asked = unsafe {
@@ -169,40 +205,65 @@ pub(crate) fn block_bio_queue(ctx: BtfTracePointContext) -> i32 {
         Asked { bio, device, opf: load(bio, offset(&BLOCK_LAYOUT.bio_opf)), bytes: u64::from(bytes) }
     };
     let tgid = (thread >> 32) as u32;
-    let disk = if mine { image(ImageKey { inode: BLOCK_DEVICE, device: asked.device, tgid }) } else { None };
-    let counted = match disk {
-        Some(found) => counts_for_disk(asked, found),
-        None => false,
-    };
-    if !counted {
-        count_below(asked, tgid, mine);
+    let mut counts = Counts::Elsewhere;
+    if mine
+        && filter.wanted & WANTED_DEVICES != 0
+        && let Some(found) = image(ImageKey { inode: BLOCK_DEVICE, device: asked.device, tgid })
+    {
+        counts = for_disk(asked, found);
+    }
+    if let Counts::Elsewhere = counts
+        && filter.wanted & WANTED_BELOW != 0
+        && let Some((found, request)) = below_disk(asked, tgid, mine)
+    {
+        counts = Counts::From(found, request);
+    }
+    if let Counts::From(found, request) = counts
+        && let Some(key) = key_of(bio)
+    {
+        begin(key, found, request);
     }
     0
 }
 
-/// Counts a `bio` of a process on a disk that is this device; false if it is none that the disk counts here.
-#[inline(always)]
-fn counts_for_disk(asked: Asked, found: Found) -> bool {
-    let (data, flush) = (found.is_counted(BY_BIO), found.is_counted(FLUSH_BY_BIO));
-    let Some(key) = key_of(asked.bio) else { return true };
-    match asked.opf & 0xff {
-        REQ_READ if data => begin(key, found, READ, asked.bytes),
-        REQ_WRITE if data && asked.bytes != 0 => begin(key, found, WRITE, asked.bytes),
-        REQ_WRITE if flush && asked.bytes == 0 && asked.opf & offset(&BLOCK_LAYOUT.preflush) != 0 => {
-            begin(key, found, FLUSH, 0);
-        }
-        REQ_FLUSH if flush => begin(key, found, FLUSH, 0),
-        REQ_DISCARD if flush => count_range(&found.image.discards, &found.image.discard_bytes, asked.bytes),
-        REQ_WRITE_ZEROES if flush => count_range(&found.image.zeroes, &found.image.zero_bytes, asked.bytes),
-        _ => return false,
-    }
-    true
+/// What a `bio` is for a disk.
+#[derive(Clone, Copy)]
+enum Counts {
+    /// A request, from now to its end.
+    From(Found, Request),
+    /// It is counted.
+    Done,
+    /// None that counts here.
+    Elsewhere,
 }
 
-/// Counts a `bio` on behalf of the image whose data it moves: for the device below it or, where nothing else sees its
-/// requests, for the image itself.
+/// What a `bio` of a process is for a disk that is this device.
 #[inline(always)]
-fn count_below(asked: Asked, tgid: u32, mine: bool) -> Option<()> {
+fn for_disk(asked: Asked, found: Found) -> Counts {
+    let (data, flush) = (found.is_counted(BY_BIO), found.is_counted(FLUSH_BY_BIO));
+    match asked.opf & 0xff {
+        REQ_READ if data => Counts::From(found, Request::new(READ, asked.bytes)),
+        REQ_WRITE if data && asked.bytes != 0 => Counts::From(found, Request::new(WRITE, asked.bytes)),
+        REQ_WRITE if flush && asked.bytes == 0 && asked.opf & offset(&BLOCK_LAYOUT.preflush) != 0 => {
+            Counts::From(found, Request::new(FLUSH, 0))
+        }
+        REQ_FLUSH if flush => Counts::From(found, Request::new(FLUSH, 0)),
+        REQ_DISCARD if flush => {
+            count_range(&found.image.discards, &found.image.discard_bytes, asked.bytes);
+            Counts::Done
+        }
+        REQ_WRITE_ZEROES if flush => {
+            count_range(&found.image.zeroes, &found.image.zero_bytes, asked.bytes);
+            Counts::Done
+        }
+        _ => Counts::Elsewhere,
+    }
+}
+
+/// What a `bio` is for the image whose data it moves: a request of the device below it or, where nothing else sees its
+/// requests, of the image itself.
+#[inline(always)]
+fn below_disk(asked: Asked, tgid: u32, mine: bool) -> Option<(Found, Request)> {
     let operation = match asked.opf & 0xff {
         REQ_READ => READ,
         REQ_WRITE => WRITE,
@@ -211,22 +272,29 @@ fn count_below(asked: Asked, tgid: u32, mine: bool) -> Option<()> {
     if asked.bytes == 0 {
         return None;
     }
+    let request = Request::new(operation, asked.bytes);
+    if mine && let Some(found) = in_flight_above(asked.bio) {
+        // A copy that a stacked device made is carried out by another device.
+        let is_first = offset(&found.image.device) == asked.device;
+        return if is_first { Some((found.below()?, request)) } else { None };
+    }
     let cached = inode_of_pages(asked.bio).and_then(|inode| image_below(inode, asked.device, tgid));
     let found = match cached {
         Some(found) => found,
         None if mine => image_below(inode_of_direct(asked.bio)?, asked.device, tgid)?,
         None => return None,
     };
-    let key = key_of(asked.bio)?;
-    if found.is_counted(BY_BIO) {
-        begin(key, found, operation, asked.bytes);
-        return Some(());
-    }
-    let slot = offset(&found.image.below).checked_sub(1)?;
-    // SAFETY: a valid map value; counters are added to atomically.
-    let image = unsafe { IMAGE_SLOTS.get_ptr(slot)?.as_ref()? };
-    begin(key, Found { slot: slot as u16, image }, operation, asked.bytes);
-    Some(())
+    Some((if found.is_counted(BY_BIO) { found } else { found.below()? }, request))
+}
+
+/// The image whose request of direct I/O through iomap a `bio` is a part of, if that request is in flight. Of another
+/// `bio` what is read here is any number, and no key of a request.
+#[inline(always)]
+fn in_flight_above(bio: Address) -> Option<Found> {
+    // SAFETY: an argument of a BTF tracepoint.
+    let dio: u64 = unsafe { load(bio, offset(&BLOCK_LAYOUT.bio_private)) };
+    let kiocb: u64 = probe(dio, offset(&BLOCK_LAYOUT.dio_kiocb))?;
+    Found::at(find(key_of_number(kiocb)?)?.slot)
 }
 
 /// The inode whose pages in the page cache a `bio` moves; `None` if they are not of the page cache.
@@ -260,13 +328,7 @@ fn inode_of_direct(bio: Address) -> Option<u64> {
 /// The image behind an inode, if it lies on that device: of a process, else of whoever left its data to the kernel.
 #[inline(always)]
 fn image_below(inode: u64, device: u32, tgid: u32) -> Option<Found> {
-    let (number, on) = if is_block_device(probe(inode, offset(&BLOCK_LAYOUT.inode_mode))?) {
-        (BLOCK_DEVICE, probe(inode, offset(&BLOCK_LAYOUT.inode_rdev))?)
-    } else {
-        let sb: u64 = probe(inode, offset(&BLOCK_LAYOUT.inode_sb))?;
-        (probe(inode, offset(&BLOCK_LAYOUT.inode_number))?, probe(sb, offset(&BLOCK_LAYOUT.sb_dev))?)
-    };
-    let on: u32 = on;
+    let (number, on) = number_of_inode(inode)?;
     if on != device {
         return None; // A copy that a stacked device made, to be carried out below.
     }
@@ -302,7 +364,7 @@ pub(crate) fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
     let Some(key) = key_of(bio) else { return 0 };
     end_part(key, status);
     if next != 0 && left != 0 {
-        end_more(&ctx, key, left, status);
+        end_more(key, left, status);
     }
     0
 }
@@ -322,13 +384,10 @@ struct Parts {
 /// Ends the parts of a merged request after the first, in a loop of the kernel's: the verifier would look at each round
 /// of one that is written here.
 #[inline(always)]
-fn end_more(ctx: &BtfTracePointContext, first_key: u64, left: u64, status: u8) -> Option<()> {
-    // Addresses as numbers: the verifier does not let those that it knows as such be kept or computed with. That of
-    // the first part gives the distance of all keys to their addresses.
-    let request: u64 = probe(ctx.as_ptr() as u64, 0)?;
-    let first: u64 = probe(request, offset(&BLOCK_LAYOUT.request_bio))?;
-    let next: u64 = probe(first, offset(&BLOCK_LAYOUT.bio_next))?;
-    let base = first.wrapping_sub(first_key);
+fn end_more(first_key: u64, left: u64, status: u8) -> Option<()> {
+    // Addresses as numbers: the verifier does not let those that it knows as such be kept.
+    let base = base()?;
+    let next: u64 = probe(base.wrapping_add(first_key), offset(&BLOCK_LAYOUT.bio_next))?;
     let mut parts = Parts { bio: next, base, left, status: u64::from(status) };
     let next_part: unsafe extern "C" fn(u64, *mut Parts) -> i64 = end_next;
     // SAFETY: the callback takes what is given here, for as long as the helper runs.
@@ -365,8 +424,8 @@ pub(crate) fn block_bio_complete(ctx: BtfTracePointContext) -> i32 {
 /// A `bio` is over.
 #[inline(always)]
 fn end_part(key: u64, status: u8) {
-    if let Some((flight, found)) = take(key) {
-        finish(&flight, found, if status == 0 { i64::from(flight.bytes) } else { -status_errno(status) });
+    if let Some(flight) = take(key) {
+        finish(&flight, if status == 0 { i64::from(flight.bytes) } else { -status_errno(status) });
     }
 }
 
@@ -413,11 +472,10 @@ pub(crate) fn io_uring_submit_req(ctx: BtfTracePointContext) -> i32 {
     };
     // SAFETY: as above. Zero-extended: a negative descriptor is larger than any table.
     let fd: u32 = unsafe { load(req, offset(&BLOCK_LAYOUT.uring_fd)) };
-    if let Some(found) = image_of_fd(thread, fd).filter(|found| found.is_counted(by)) {
-        // The other end is given no typed pointer, so the address is needed as a number: from the arguments' memory.
-        if let Some(address) = probe::<u64>(ctx.as_ptr() as u64, 0) {
-            begin(address & IN_URING, found, operation, 0);
-        }
+    if let Some(found) = image_of_fd(thread, fd).filter(|found| found.is_counted(by))
+        && let Some(key) = key_of(req)
+    {
+        begin(key ^ IN_URING, found, Request::new(operation, 0));
     }
     0
 }
@@ -426,14 +484,15 @@ pub(crate) fn io_uring_submit_req(ctx: BtfTracePointContext) -> i32 {
 /// `(ctx, req, u64 user_data, int res, …)`: the result of a request is put into the ring.
 #[btf_tracepoint(function = "io_uring_complete")]
 pub(crate) fn io_uring_complete(ctx: BtfTracePointContext) -> i32 {
-    let Some((flight, found)) = take(ctx.arg::<u64>(1) & IN_URING) else { return 0 };
+    let Some(key) = key_of_number(ctx.arg(1)) else { return 0 };
+    let Some(flight) = take(key ^ IN_URING) else { return 0 };
     let result: i32 = if offset(&BLOCK_LAYOUT.uring_complete_has_cqe) == 0 {
         ctx.arg::<u64>(3) as i32
     } else {
         // SAFETY: an argument of a BTF tracepoint.
         unsafe { load(ctx.arg::<Address>(2), offset(&BLOCK_LAYOUT.cqe_res)) }
     };
-    finish(&flight, found, i64::from(result));
+    finish(&flight, i64::from(result));
     0
 }
 
@@ -468,7 +527,7 @@ pub(crate) fn block_sys_enter(ctx: BtfTracePointContext) -> i32 {
     };
     let mode = argument(1);
     match operation {
-        Some(operation) => begin(thread, found, operation, 0),
+        Some(operation) => begin(thread | IN_CALL, found, Request::new(operation, 0)),
         None if mode & PUNCH_HOLE != 0 => {
             count_range(&found.image.discards, &found.image.discard_bytes, argument(3));
         }
@@ -485,7 +544,7 @@ pub(crate) fn block_sys_enter(ctx: BtfTracePointContext) -> i32 {
 pub(crate) fn block_sys_exit(ctx: BtfTracePointContext) -> i32 {
     let thread = bpf_get_current_pid_tgid();
     if may_be_watched(thread) {
-        end(thread, ctx.arg::<i64>(1));
+        end(thread | IN_CALL, ctx.arg::<i64>(1));
     }
     0
 }
@@ -503,7 +562,7 @@ pub(crate) fn ext4_sync_file_enter(ctx: BtfTracePointContext) -> i32 {
         image_of_inode(thread, inode)
     };
     if let Some(found) = found.filter(|found| found.is_counted(FLUSH_BY_EXT4)) {
-        begin(thread | IN_EXT4, found, FLUSH, 0);
+        begin(thread | IN_EXT4, found, Request::new(FLUSH, 0));
     }
     0
 }
@@ -551,9 +610,14 @@ fn ext4_range(ctx: &BtfTracePointContext) -> Option<Found> {
 #[inline(always)]
 fn may_be_watched(thread: u64) -> bool {
     let bit = (thread >> 32) as u32 % PROCESS_FILTER_BITS;
+    let Some(filter) = filter() else { return false };
+    filter.processes[(bit / 64) as usize] >> (bit % 64) & 1 != 0
+}
+
+#[inline(always)]
+fn filter() -> Option<&'static BlockFilter> {
     // SAFETY: a valid map value for the life of the program; user space changes whole words.
-    let Some(filter) = BLOCK_FILTER.get_ptr(0).map(|filter| unsafe { &*filter }) else { return false };
-    filter.0[(bit / 64) as usize] >> (bit % 64) & 1 != 0
+    unsafe { BLOCK_FILTER.get_ptr(0)?.as_ref() }
 }
 
 /// The image behind an inode, for the process of this thread.
@@ -591,13 +655,37 @@ fn image_of_fd(thread: u64, fd: u32) -> Option<Found> {
     }
     let file: u64 = probe(table + u64::from(fd) * 8, 0)?;
     let inode: u64 = probe(file, offset(&BLOCK_LAYOUT.file_inode))?;
-    let (number, device) = if is_block_device(probe(inode, offset(&BLOCK_LAYOUT.inode_mode))?) {
-        (BLOCK_DEVICE, probe(inode, offset(&BLOCK_LAYOUT.inode_rdev))?)
-    } else {
-        let sb: u64 = probe(inode, offset(&BLOCK_LAYOUT.inode_sb))?;
-        (probe(inode, offset(&BLOCK_LAYOUT.inode_number))?, probe(sb, offset(&BLOCK_LAYOUT.sb_dev))?)
-    };
+    let (number, device) = number_of_inode(inode)?;
     image(ImageKey { inode: number, device, tgid: (thread >> 32) as u32 })
+}
+
+/// What identifies an inode that is known by its address only: its number and the device of its file system, or
+/// [`BLOCK_DEVICE`] and the device.
+#[inline(always)]
+fn number_of_inode(inode: u64) -> Option<(u64, u32)> {
+    let head: InodeHead = probe(inode, 0)?;
+    if is_block_device(head.field(inode, offset(&BLOCK_LAYOUT.inode_mode))?) {
+        return Some((BLOCK_DEVICE, head.field(inode, offset(&BLOCK_LAYOUT.inode_rdev))?));
+    }
+    let sb: u64 = head.field(inode, offset(&BLOCK_LAYOUT.inode_sb))?;
+    Some((head.field(inode, offset(&BLOCK_LAYOUT.inode_number))?, probe(sb, offset(&BLOCK_LAYOUT.sb_dev))?))
+}
+
+/// The first bytes of a `struct inode`, which have its fields here on every usual kernel: one copy costs less than four.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct InodeHead([u64; 12]);
+
+impl InodeHead {
+    #[inline(always)]
+    fn field<T>(&self, inode: u64, offset: u32) -> Option<T> {
+        if offset as usize + size_of::<T>() > size_of::<Self>() {
+            return probe(inode, offset);
+        }
+        let field = core::ptr::from_ref(self).cast::<u8>().wrapping_add(offset as usize).cast::<T>();
+        // SAFETY: inside (checked), of a type that is any bits, and aligned as in the kernel's structure.
+        Some(unsafe { core::ptr::read_volatile(field) })
+    }
 }
 
 /// `S_ISBLK` of include/uapi/linux/stat.h.
@@ -615,10 +703,7 @@ fn image(key: ImageKey) -> Option<Found> {
     for i in 0..IMAGE_TABLE_PROBES {
         let entry = &table.0[(start + i) as usize % IMAGE_TABLE_ENTRIES];
         if entry.key.inode == key.inode && entry.key.device == key.device && entry.key.tgid == key.tgid {
-            let slot = entry.slot.checked_sub(1)?;
-            // SAFETY: a valid map value; counters are added to atomically.
-            let image = unsafe { IMAGE_SLOTS.get_ptr(slot as u32)?.as_ref()? };
-            return Some(Found { slot: slot as u16, image });
+            return Found::at(entry.slot.checked_sub(1)? as u16);
         }
     }
     None
@@ -634,88 +719,145 @@ fn count_range(ranges: &u64, sum: &u64, bytes: u64) {
 /// subtracted; that of a map never changes.
 #[inline(always)]
 fn key_of(address: Address) -> Option<u64> {
-    Some((address as u64).wrapping_sub(FLIGHT_KEYS.get_ptr(0)? as u64))
+    Some((address as u64).wrapping_sub(BLOCK_FILTER.get_ptr(0)? as u64))
 }
 
-/// A request begins. One that is remembered already is made again by the kernel, or is another one at the address of
-/// one whose end was not traced; either way it counts once, from now.
+/// The same for an address that is known as a number only.
 #[inline(always)]
-fn begin(key: u64, found: Found, operation: u32, bytes: u64) {
-    let group = flight_group(key);
+fn key_of_number(address: u64) -> Option<u64> {
+    Some(address.wrapping_sub(base()?))
+}
+
+/// The address that keys are distances to, as a number: that is what the verifier takes for it once it was in memory.
+#[inline(always)]
+fn base() -> Option<u64> {
+    let filter = filter()?;
+    let base = Word::of(&filter.base);
+    if base.load() == 0 {
+        base.store(core::ptr::from_ref(filter) as u64);
+    }
+    Some(base.load())
+}
+
+/// A request begins. One that has no room counts as done, without latency.
+#[inline(always)]
+fn begin(key: u64, found: Found, request: Request) {
+    let Some(filter) = filter() else { return };
     // SAFETY: plain helper call.
     let begin_ns = unsafe { bpf_ktime_get_ns() };
-    let flight = Flight { begin_ns, slot: found.slot, operation: operation as u16, bytes: bytes as u32 };
-    // SAFETY: valid map values; keys are claimed atomically, and who claimed a place alone writes its flight.
-    let (Some(keys), Some(flights)) = (unsafe {
-        (
-            FLIGHT_KEYS.get_ptr(group).and_then(|k| k.as_ref()),
-            FLIGHTS.get_ptr_mut(group).and_then(|f| f.as_mut()),
-        )
-    }) else {
-        return;
+    let flight = Flight {
+        key,
+        begin_ns,
+        bytes: request.bytes as u32,
+        slot: found.slot,
+        operation: request.operation as u8,
+        no_wait: u8::from(request.no_wait),
+        histograms: offset(&found.image.histograms),
+        reserved: 0,
     };
-    for (place, flying) in keys.0.iter().zip(flights.iter_mut()) {
-        if get(place) == key {
-            *flying = flight;
+    if let Some(place) = find(key)
+        && replace(place, &flight)
+    {
+        return; // Made again: it counts once, from now.
+    }
+    add(of_operation(&found.image.begun, request.operation), 1);
+    let (start, deepest) = (flight_start(key), Word::of(&filter.deepest));
+    for i in 0..FLIGHT_PROBES {
+        let Some(place) = flying(start + i) else { return };
+        if get(&place.key) == 0 && claim(&place.key, key) {
+            if u64::from(i) > deepest.load() {
+                deepest.store(i.into());
+            }
+            write(place, &flight);
             return;
         }
     }
-    let counted = found.operation(operation);
-    add(&counted.begun, 1);
-    for (place, flying) in keys.0.iter().zip(flights.iter_mut()) {
-        if get(place) == 0 && claim(place, key) {
-            *flying = flight;
-            return;
-        }
-    }
+    let counted = of_operation(&found.image.operations, request.operation);
     add(&counted.done, 1);
-    add(&counted.bytes, bytes);
+    add(&counted.bytes, request.bytes);
     add(&found.image.untimed, 1);
+}
+
+/// Another request has the key of one in flight. True if it is the same, made again by the kernel, this time in a
+/// context that may wait; else the end of the earlier one was not seen, and it is forgotten.
+#[inline(always)]
+fn replace(place: &Flight, flight: &Flight) -> bool {
+    if place.no_wait != 0 && flight.no_wait == 0 && place.slot == flight.slot {
+        write(place, flight);
+        return true;
+    }
+    if let Some(lost) = Found::at(place.slot) {
+        add(of_operation(&lost.image.begun, u32::from(place.operation)), u64::MAX);
+        add(&lost.image.unseen, 1);
+    }
+    Word::of(&place.key).store(0);
+    false
+}
+
+/// Writes what is known of a request into its place, where its key is already: who claimed it alone writes there.
+#[inline(always)]
+fn write(place: &Flight, flight: &Flight) {
+    let to = core::ptr::from_ref(place).cast_mut();
+    // SAFETY: a valid, aligned map value.
+    unsafe { to.write(*flight) };
 }
 
 /// A request is over, with bytes or a negative error number.
 #[inline(always)]
 fn end(key: u64, result: i64) {
-    if let Some((flight, found)) = take(key) {
-        finish(&flight, found, result);
+    if let Some(flight) = take(key) {
+        finish(&flight, result);
     }
 }
 
 /// Forgets a request in flight and says what it was.
 #[inline(always)]
-fn take(key: u64) -> Option<(Flight, Found)> {
-    let group = flight_group(key);
-    // SAFETY: valid map values.
-    let (keys, flights) =
-        unsafe { (FLIGHT_KEYS.get_ptr(group)?.as_ref()?, FLIGHTS.get_ptr(group)?.as_ref()?) };
-    let mut at = FLIGHT_PLACES;
-    for (i, place) in keys.0.iter().enumerate() {
-        if get(place) == key {
-            at = i;
+fn take(key: u64) -> Option<Flight> {
+    let place = find(key)?;
+    let flight = *place;
+    Word::of(&place.key).store(0); // Nobody else claims it before this.
+    Some(flight)
+}
+
+/// Where a request in flight is.
+#[inline(always)]
+fn find(key: u64) -> Option<&'static Flight> {
+    let (start, deepest) = (flight_start(key), Word::of(&filter()?.deepest).load());
+    let mut found = None;
+    for i in 0..FLIGHT_PROBES {
+        if u64::from(i) > deepest {
+            break;
+        }
+        let place = flying(start + i)?;
+        if get(&place.key) == key {
+            found = Some(place);
+            break;
         }
     }
     // One copy of what follows, instead of one for each place, which the verifier would all have to follow.
     // SAFETY: a local variable.
-    let at = unsafe { core::ptr::read_volatile(&raw const at) };
-    let (place, flight) = (keys.0.get(at)?, *flights.get(at)?);
-    Word::of(place).store(0); // Nobody else claims it before this.
-    // SAFETY: a valid map value.
-    let image = unsafe { IMAGE_SLOTS.get_ptr(u32::from(flight.slot))?.as_ref()? };
-    Some((flight, Found { slot: flight.slot, image }))
+    unsafe { core::ptr::read_volatile(&raw const found) }
 }
 
 #[inline(always)]
-fn finish(flight: &Flight, found: Found, result: i64) {
+fn flying(at: u32) -> Option<&'static Flight> {
+    // SAFETY: a valid map value for the life of the program.
+    unsafe { FLYING.get_ptr(at % FLIGHTS)?.as_ref() }
+}
+
+#[inline(always)]
+fn finish(flight: &Flight, result: i64) -> Option<()> {
+    let image = Found::at(flight.slot)?.image;
     let operation = u32::from(flight.operation);
-    let counted = found.operation(operation);
     if result == -EAGAIN {
-        add(&counted.begun, u64::MAX); // It begins again.
-        return;
+        add(of_operation(&image.begun, operation), u64::MAX); // It begins again.
+        return None;
     }
+    let counted = of_operation(&image.operations, operation);
     if result < 0 {
         add(&counted.failed, 1);
-        count_error(found.image, result.unsigned_abs());
-        return;
+        count_error(image, result.unsigned_abs());
+        return None;
     }
     // SAFETY: plain helper call.
     let took = unsafe { bpf_ktime_get_ns() }.wrapping_sub(flight.begin_ns);
@@ -724,17 +866,10 @@ fn finish(flight: &Flight, found: Found, result: i64) {
         add(&counted.bytes, result.cast_unsigned());
     }
     add(&counted.time_ns, took);
-    let Some(place) = offset(&found.image.histograms).checked_sub(1) else { return };
     // SAFETY: a valid map value; counts are added to atomically.
-    let Some(histograms) = (unsafe { IMAGE_HIST.get_ptr(place).and_then(|h| h.as_ref()) }) else { return };
-    let histogram = match operation {
-        READ => &histograms.operations[0],
-        WRITE => &histograms.operations[1],
-        _ => &histograms.operations[2],
-    };
-    if let Some(count) = histogram.get(bucket(took) as usize) {
-        add_32(count, 1);
-    }
+    let histograms = unsafe { IMAGE_HIST.get_ptr(flight.histograms.checked_sub(1)?)?.as_ref()? };
+    add_32(of_operation(&histograms.operations, operation).get(bucket(took) as usize)?, 1);
+    Some(())
 }
 
 #[inline(always)]

@@ -62,10 +62,27 @@ pub struct ImageEntry {
 #[derive(Clone, Copy)]
 pub struct ImageTable(pub [ImageEntry; IMAGE_TABLE_ENTRIES]);
 
-/// One bit per process id modulo [`PROCESS_FILTER_BITS`]: set if some image of that process may be watched.
-#[repr(transparent)]
+/// What every program looks at first, in one map, because each look-up costs.
+#[repr(C)]
 #[derive(Clone, Copy)]
-pub struct ProcessFilter(pub [u64; (PROCESS_FILTER_BITS / 64) as usize]);
+pub struct BlockFilter {
+    /// One bit per process id modulo [`PROCESS_FILTER_BITS`]: set if some image of that process may be watched. Written
+    /// by user space.
+    pub processes: [u64; (PROCESS_FILTER_BITS / 64) as usize],
+    /// `WANTED_…`: what it is worth looking for where I/O enters the block layer. Written by user space.
+    pub wanted: u64,
+    /// Address of this map in the kernel, as a number; 0 until a program wrote it. Keys of requests are distances to it.
+    pub base: u64,
+    /// The place farthest from where its search begins that a request was ever given.
+    pub deepest: u64,
+    /// Nothing: the last cache line is full.
+    pub reserved: [u64; 5],
+}
+
+/// Some watched image is a block device.
+pub const WANTED_DEVICES: u64 = 1;
+/// The device's share of some image is wanted that is a file.
+pub const WANTED_BELOW: u64 = 1 << 1;
 
 /// Reads, index into [`Image::operations`].
 pub const READ: u32 = 0;
@@ -89,12 +106,11 @@ pub const FLUSH_BY_BIO: u32 = 1 << 4;
 /// Flushes and discards are counted as system calls or io_uring requests.
 pub const FLUSH_BY_CALL: u32 = 1 << 5;
 
-/// One kind of operation on one image, cumulative since it is watched. Programs add with atomic instructions.
+/// One kind of operation on one image, cumulative since it is watched. Programs add with atomic instructions, where
+/// requests end.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operation {
-    /// Requests that were begun.
-    pub begun: u64,
     /// Requests that succeeded.
     pub done: u64,
     /// Requests that failed.
@@ -107,16 +123,19 @@ pub struct Operation {
 
 impl Operation {
     /// Nothing counted.
-    pub const ZERO: Self = Self { begun: 0, done: 0, failed: 0, bytes: 0, time_ns: 0 };
+    pub const ZERO: Self = Self { done: 0, failed: 0, bytes: 0, time_ns: 0 };
 }
 
 /// Error numbers that are told apart for one image.
-pub const ERRNOS: usize = 7;
+pub const ERRNOS: usize = 6;
 /// Parts of one request to a device, merged from requests of processes, that are looked at when it is over, beside the
 /// first.
 pub const MERGED: u32 = 1_024;
 
 /// A watched image, in the slot that user space gave it.
+///
+/// Requests mostly begin on one CPU and end on another, and a cache line that both write to travels with each of them:
+/// what is touched where they begin is in the first line, where reads and writes end in the second.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Image {
@@ -127,9 +146,18 @@ pub struct Image {
     /// Slot that counts what the device below the image is asked for on its behalf, plus 1; 0 = nothing is counted.
     /// Written by user space.
     pub below: u32,
-    /// Nothing.
-    pub reserved: u32,
-    /// [`READ`], [`WRITE`], [`FLUSH`].
+    /// Device of its file system, or the block device itself, as in [`ImageKey::device`]. Written by user space.
+    pub device: u32,
+    /// Requests that were begun, those whose end was not seen left out: [`READ`], [`WRITE`], [`FLUSH`].
+    pub begun: [u64; OPERATIONS],
+    /// Reads that QEMU's main thread waited for: it probes an image so when it opens it, never for a guest. They
+    /// are in no other figure.
+    pub open_requests: u64,
+    /// Their bytes.
+    pub open_bytes: u64,
+    /// Requests counted as done when they began, without latency: there was no room to remember them.
+    pub untimed: u64,
+    /// What became of requests: [`READ`], [`WRITE`], [`FLUSH`].
     pub operations: [Operation; OPERATIONS],
     /// Ranges given back (holes punched, discards).
     pub discards: u64,
@@ -139,17 +167,13 @@ pub struct Image {
     pub zeroes: u64,
     /// Bytes zeroed so.
     pub zero_bytes: u64,
-    /// Reads that QEMU's main thread waited for: it probes an image so when it opens it, never for a guest. They
-    /// are in no other figure.
-    pub open_requests: u64,
-    /// Their bytes.
-    pub open_bytes: u64,
-    /// Requests counted as done when they began, without latency: there was no room to remember them.
-    pub untimed: u64,
     /// Failed requests by error number: the number in the upper half, the count in the lower; 0 = free.
     pub errnos: [u64; ERRNOS],
     /// Failed requests with other numbers.
     pub other_errors: u64,
+    /// Requests that are in no other figure: another one began at the same address, so they are over, but their end was
+    /// not seen.
+    pub unseen: u64,
 }
 
 impl Image {
@@ -158,18 +182,34 @@ impl Image {
         counted_by: 0,
         histograms: 0,
         below: 0,
-        reserved: 0,
+        device: 0,
+        begun: [0; OPERATIONS],
+        open_requests: 0,
+        open_bytes: 0,
+        untimed: 0,
         operations: [Operation::ZERO; OPERATIONS],
         discards: 0,
         discard_bytes: 0,
         zeroes: 0,
         zero_bytes: 0,
-        open_requests: 0,
-        open_bytes: 0,
-        untimed: 0,
         errnos: [0; ERRNOS],
         other_errors: 0,
+        unseen: 0,
     };
+
+    /// Requests in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        let over: u64 = self.operations.iter().map(|operation| operation.done + operation.failed).sum();
+        self.begun.iter().sum::<u64>().saturating_sub(over)
+    }
+
+    /// Takes what is in flight for over, because its end will not be counted.
+    pub fn forget_in_flight(&mut self) {
+        for (begun, operation) in self.begun.iter_mut().zip(&self.operations) {
+            *begun = operation.done + operation.failed;
+        }
+    }
 }
 
 /// Latencies of one image by kind of operation, cumulative since it is watched, nanoseconds.
@@ -187,36 +227,39 @@ impl ImageHistograms {
     pub const ZERO: Self = Self { operations: [[0; crate::BUCKETS]; OPERATIONS], stagger: [0; 8] };
 }
 
-/// Groups of places for requests in flight; a power of two.
-pub const FLIGHT_GROUPS: u32 = 1 << FLIGHT_GROUPS_LOG2;
-const FLIGHT_GROUPS_LOG2: u32 = 11;
-/// Places in a group: their keys fill one cache line.
-pub const FLIGHT_PLACES: usize = 8;
+/// Places for requests in flight; a power of two.
+pub const FLIGHTS: u32 = 1 << FLIGHTS_LOG2;
+const FLIGHTS_LOG2: u32 = 14;
+/// Neighbouring places that a request may be given.
+pub const FLIGHT_PROBES: u32 = 8;
 
-/// Requests in flight that share a group: what identifies each, 0 = the place is free.
-#[repr(C, align(64))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FlightKeys(pub [u64; FLIGHT_PLACES]);
-
-/// A request in flight.
-#[repr(C)]
+/// A request in flight. Two fill a cache line: whoever begins or ends a request touches one line.
+#[repr(C, align(32))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flight {
+    /// What identifies it; 0 = the place is free. Written first when it begins, and when it ends.
+    pub key: u64,
     /// `CLOCK_MONOTONIC` when it began, nanoseconds.
     pub begin_ns: u64,
+    /// Length asked for, bytes; 0 if not known.
+    pub bytes: u32,
     /// Slot of its image.
     pub slot: u16,
     /// [`READ`], [`WRITE`] or [`FLUSH`].
-    pub operation: u16,
-    /// Length asked for, bytes; 0 if not known.
-    pub bytes: u32,
+    pub operation: u8,
+    /// Not 0 if it may not wait: the kernel then may give it up without a trace and make it again.
+    pub no_wait: u8,
+    /// [`Image::histograms`] of its image.
+    pub histograms: u32,
+    /// Nothing.
+    pub reserved: u32,
 }
 
-/// The group of a request in flight.
+/// Where the search for a request in flight begins.
 #[must_use]
 #[inline(always)]
-pub const fn flight_group(key: u64) -> u32 {
-    (key.wrapping_mul(GOLDEN) >> (64 - FLIGHT_GROUPS_LOG2)) as u32
+pub const fn flight_start(key: u64) -> u32 {
+    (key.wrapping_mul(GOLDEN) >> (64 - FLIGHTS_LOG2)) as u32
 }
 
 /// Byte offsets into kernel structures and numbers of the kernel that the disk programs need, found when they are
@@ -228,6 +271,8 @@ pub struct BlockLayout {
     pub kiocb_file: u32,
     /// `kiocb.ki_complete`.
     pub kiocb_complete: u32,
+    /// `kiocb.ki_flags`.
+    pub kiocb_flags: u32,
     /// `iov_iter.count`.
     pub iter_count: u32,
     /// `iov_iter.data_source`: 1 for writes.
@@ -322,6 +367,7 @@ impl BlockLayout {
     pub const ZERO: Self = Self {
         kiocb_file: 0,
         kiocb_complete: 0,
+        kiocb_flags: 0,
         iter_count: 0,
         iter_data_source: 0,
         file_inode: 0,
@@ -359,9 +405,10 @@ impl BlockLayout {
     };
 }
 
-const _: () = assert!(size_of::<ImageEntry>() == 24 && size_of::<Flight>() == 16);
-const _: () = assert!(size_of::<Image>() == 256 && size_of::<FlightKeys>() == 64);
-const _: () = assert!(size_of::<BlockLayout>() == 4 * (34 + 4 + CALLS));
+const _: () = assert!(size_of::<ImageEntry>() == 24 && size_of::<Flight>() == 32);
+const _: () = assert!(size_of::<Image>() == 256 && core::mem::offset_of!(Image, operations) == 64);
+const _: () = assert!(core::mem::offset_of!(BlockFilter, wanted) == 4096 && size_of::<BlockFilter>() == 4160);
+const _: () = assert!(size_of::<BlockLayout>() == 4 * (35 + 4 + CALLS));
 
 #[cfg(test)]
 mod tests {
@@ -370,7 +417,7 @@ mod tests {
     #[test]
     fn searches_begin_inside_their_tables() {
         for value in [0, 1, u64::MAX, 0xffff_8880_1234_5678, 0x8000_0001_0000_0001] {
-            assert!(flight_group(value) < FLIGHT_GROUPS);
+            assert!(flight_start(value) < FLIGHTS);
             let key = ImageKey { inode: value, device: u32::MAX, tgid: 4_194_303 };
             assert!((key.table_start() as usize) < IMAGE_TABLE_ENTRIES);
         }

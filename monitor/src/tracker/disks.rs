@@ -240,7 +240,7 @@ impl Disks {
         &mut self.totals[at]
     }
 
-    /// Puts the figures of one disk. Returns how many requests more could not be timed.
+    /// Puts the figures of one disk. Returns how many requests more could not be timed, or ended unseen.
     pub(super) fn put(
         &mut self,
         ebpf: &Ebpf,
@@ -261,9 +261,9 @@ impl Disks {
             put_below(values, &sum.below);
         }
         detail.errors = errors(&sum.image);
-        let untimed = sum.image.untimed + sum.below.untimed;
-        let lost = untimed.saturating_sub(total.lost);
-        total.lost = untimed;
+        let all = [sum.image, sum.below].map(|image| image.untimed + image.unseen).iter().sum();
+        let lost = u64::saturating_sub(all, total.lost);
+        total.lost = all;
         lost
     }
 
@@ -337,7 +337,6 @@ fn plan(ebpf: &Ebpf, image: &OpenImage, at: Place<'_>, disk: &inventory::Disk) -
 fn put_image(values: &mut Values, image: &Image, seen: Seen) {
     const EBPF: SourceKind = SourceKind::Ebpf;
     let [read, write, flush] = [READ, WRITE, FLUSH].map(|o| image.operations[o as usize]);
-    let in_flight = [read, write, flush].map(|o| o.begun.saturating_sub(o.done + o.failed)).iter().sum();
     if seen.data {
         values.put(EBPF, Metric::DiskRdReq, Count(read.done));
         values.put(EBPF, Metric::DiskRdBytes, Bytes(read.bytes));
@@ -346,7 +345,7 @@ fn put_image(values: &mut Values, image: &Image, seen: Seen) {
         values.put(EBPF, Metric::DiskWrBytes, Bytes(write.bytes));
         values.put(EBPF, Metric::DiskWrTime, Nanos(write.time_ns));
         values.put(EBPF, Metric::DiskErrs, Count(read.failed + write.failed + flush.failed));
-        values.put(EBPF, Metric::DiskInflight, Count(in_flight));
+        values.put(EBPF, Metric::DiskInflight, Count(image.in_flight()));
         values.put(EBPF, Metric::DiskOpenReq, Count(image.open_requests));
         values.put(EBPF, Metric::DiskOpenBytes, Bytes(image.open_bytes));
     }
@@ -383,9 +382,10 @@ fn errors(image: &Image) -> Vec<(u32, u64)> {
 }
 
 fn add(sum: &mut Image, image: &Image) {
+    for (sum, one) in sum.begun.iter_mut().zip(&image.begun) {
+        *sum += one;
+    }
     for (sum, one) in sum.operations.iter_mut().zip(&image.operations) {
-        // What is still in flight when an image goes is over for this account.
-        sum.begun += one.begun;
         sum.done += one.done;
         sum.failed += one.failed;
         sum.bytes += one.bytes;
@@ -398,6 +398,7 @@ fn add(sum: &mut Image, image: &Image) {
     sum.open_requests += image.open_requests;
     sum.open_bytes += image.open_bytes;
     sum.untimed += image.untimed;
+    sum.unseen += image.unseen;
     sum.other_errors += image.other_errors;
     for word in image.errnos.iter().filter(|word| **word != 0) {
         match sum.errnos.iter_mut().find(|place| **place >> 32 == word >> 32 || **place == 0) {
@@ -422,9 +423,9 @@ mod tests {
     #[test]
     fn errors_of_several_images_are_summed_by_number() {
         let mut sum = Image::ZERO;
-        let image = Image { errnos: [5 << 32 | 2, 28 << 32 | 1, 0, 0, 0, 0, 0], ..Image::ZERO };
+        let image = Image { errnos: [5 << 32 | 2, 28 << 32 | 1, 0, 0, 0, 0], ..Image::ZERO };
         add(&mut sum, &image);
-        add(&mut sum, &Image { errnos: [28 << 32 | 4, 0, 0, 0, 0, 0, 0], other_errors: 3, ..Image::ZERO });
+        add(&mut sum, &Image { errnos: [28 << 32 | 4, 0, 0, 0, 0, 0], other_errors: 3, ..Image::ZERO });
         assert_eq!(errors(&sum), [(0, 3), (5, 2), (28, 5)]);
         assert_eq!(errors(&Image::ZERO), []);
     }

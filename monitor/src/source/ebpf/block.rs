@@ -1,15 +1,15 @@
 //! Images that are watched: which, what the programs of `monitor-ebpf/src/block.rs` hang on meanwhile, and what they
 //! counted.
 
-use std::sync::atomic::Ordering;
+use std::{mem::offset_of, sync::atomic::Ordering};
 
 use aya::{
     Ebpf as Object,
     programs::{BtfTracePoint, ProgramError, tp_btf::BtfTracePointLinkId},
 };
 use monitor_ebpf::{
-    ANY_PROCESS, FLIGHT_GROUPS, FLIGHT_PLACES, Flight, FlightKeys, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
-    IMAGE_TABLE_PROBES, IMAGES, ImageEntry, ImageTable, PROCESS_FILTER_BITS, ProcessFilter,
+    ANY_PROCESS, BLOCK_DEVICE, BlockFilter, FLIGHTS, Flight, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
+    IMAGE_TABLE_PROBES, IMAGES, ImageEntry, ImageTable, PROCESS_FILTER_BITS, WANTED_BELOW, WANTED_DEVICES,
 };
 
 use super::{
@@ -88,15 +88,16 @@ const ENTRY_WORDS: usize = size_of::<ImageEntry>() / 8;
 
 /// The maps of the disk programs, and what is handed out of them.
 pub(super) struct Block {
-    filter: Mapped<ProcessFilter>,
+    filter: Mapped<BlockFilter>,
     table: Mapped<ImageTable>,
     images: Mapped<Image>,
     histograms: Mapped<ImageHistograms>,
-    flight_keys: Mapped<FlightKeys>,
-    flights: Mapped<[Flight; FLIGHT_PLACES]>,
+    flights: Mapped<Flight>,
     places: Places,
     histogram_places: Places,
     watched: Vec<ImageKey>,
+    /// `WANTED_…` of each image that is watched.
+    wanted: Vec<(u32, u64)>,
     /// By [`Hook`]: whether the kernel took its programs, how many images need it, and its links while it is attached.
     hooks: [HookState; Hook::ALL.len()],
 }
@@ -123,11 +124,11 @@ impl Block {
             table: map(object, "IMAGE_TABLE")?,
             images: map(object, "IMAGES")?,
             histograms: map(object, "IMAGE_HIST")?,
-            flight_keys: map(object, "FLIGHT_KEYS")?,
             flights: map(object, "FLIGHTS")?,
             places: Places::default(),
             histogram_places: Places::default(),
             watched: Vec::new(),
+            wanted: Vec::new(),
             hooks,
         })
     }
@@ -162,9 +163,12 @@ impl Block {
             counted_by: plan.counted_by(),
             histograms: histograms.map_or(0, |place| place + 1),
             below: below.map_or(0, |(place, _)| place + 1),
+            device: key.device,
             ..Image::ZERO
         };
         self.images.set(place as usize, image);
+        self.wanted.push((place, wanted(key, plan)));
+        self.tell_wanted();
         self.enter(entry, key, place);
         if plan.below == Below::Cached {
             self.enter_for_kernel(key, place);
@@ -188,6 +192,12 @@ impl Block {
         let place = self.histogram_places.take(IMAGE_HISTOGRAMS)?;
         self.histograms.set(place as usize, ImageHistograms::ZERO);
         Some(place)
+    }
+
+    /// Tells the programs what it is worth looking for.
+    fn tell_wanted(&self) {
+        let all = self.wanted.iter().fold(0, |all, (_, wanted)| all | wanted);
+        self.filter.word(offset_of!(BlockFilter, wanted) / 8).store(all, Ordering::Release);
     }
 
     /// Lets the programs find an image.
@@ -237,10 +247,19 @@ impl Block {
         if self.entry_of(for_kernel).is_some_and(|entry| self.place_of(entry) == slot.place) {
             self.leave(for_kernel);
         }
+        self.wanted.retain(|(place, _)| *place != slot.place);
+        self.tell_wanted();
         slot.plan.hooks().for_each(|hook| self.release(object, hook));
         let below = slot.below.map(|(place, _)| place);
-        self.forget_flights(|place| place == slot.place || Some(place) == below);
-        let counted = (self.image(&slot), self.latencies(&slot));
+        let mut counted = (self.image(&slot), self.latencies(&slot));
+        if counted.0.image.in_flight() + counted.0.below.map_or(0, |below| below.in_flight()) > 0 {
+            self.forget_flights(|place| place == slot.place || Some(place) == below);
+        }
+        counted.0.image.forget_in_flight();
+        if self.watched.is_empty() {
+            // Nothing is in flight any more: searches are short again, however many there once were.
+            self.filter.word(offset_of!(BlockFilter, deepest) / 8).store(0, Ordering::Release);
+        }
         self.places.give_back(slot.place);
         slot.histograms.into_iter().for_each(|place| self.histogram_places.give_back(place));
         if let Some((place, histograms)) = slot.below {
@@ -301,12 +320,10 @@ impl Block {
 
     /// A request of an image that is no longer watched would never be taken out of the table.
     fn forget_flights(&mut self, of: impl Fn(u32) -> bool) {
-        for group in 0..FLIGHT_GROUPS as usize {
-            for at in 0..FLIGHT_PLACES {
-                let key = self.flight_keys.word_of(group, at);
-                if key.load(Ordering::Acquire) != 0 && of(u32::from(self.flights.get(group)[at].slot)) {
-                    key.store(0, Ordering::Release);
-                }
+        for at in 0..FLIGHTS as usize {
+            let key = self.flights.word_of(at, offset_of!(Flight, key) / 8);
+            if key.load(Ordering::Acquire) != 0 && of(u32::from(self.flights.get(at).slot)) {
+                key.store(0, Ordering::Release);
             }
         }
     }
@@ -335,6 +352,18 @@ impl Block {
         #[expect(clippy::cast_possible_truncation, reason = "two halves of a word")]
         let key = ImageKey { inode: word(1), device: word(2) as u32, tgid: (word(2) >> 32) as u32 };
         (word(0) != 0).then_some(key)
+    }
+}
+
+/// What the programs in the block layer have to look for, for the sake of an image.
+fn wanted(key: ImageKey, plan: Plan) -> u64 {
+    let in_block_layer = plan.hooks().any(|hook| hook == Hook::Bio);
+    match key.inode {
+        // A device that is read through the page cache is found by its pages, as files are.
+        BLOCK_DEVICE if plan.below == Below::Same => WANTED_DEVICES,
+        BLOCK_DEVICE => WANTED_DEVICES | WANTED_BELOW,
+        _ if in_block_layer => WANTED_BELOW,
+        _ => 0,
     }
 }
 

@@ -164,6 +164,7 @@ pub fn block(btf: &Btf) -> Result<BlockLayout, LayoutError> {
     Ok(BlockLayout {
         kiocb_file: at("kiocb", "ki_filp")?,
         kiocb_complete: at("kiocb", "ki_complete")?,
+        kiocb_flags: at("kiocb", "ki_flags")?,
         iter_count: at("iov_iter", "count")?,
         iter_data_source: maybe("iov_iter", "data_source")?,
         file_inode: at("file", "f_inode")?,
