@@ -43,6 +43,8 @@ impl Tracker {
 
 /// One disk for each image that the command line names or that is open for writing. What else is open for reading are
 /// images below them; whose, can be told only where there is one disk.
+///
+/// A snapshot lays another image over one that is named, which is then no longer written to: the disk keeps its name.
 fn disks_of(images: &[OpenImage], drives: &[Drive]) -> Vec<Disk> {
     let named = |image: &OpenImage| drives.iter().find(|drive| image.path.as_os_str() == drive.file.as_str());
     // A log is not read, and what is executed is in no image format.
@@ -50,14 +52,43 @@ fn disks_of(images: &[OpenImage], drives: &[Drive]) -> Vec<Disk> {
         .iter()
         .filter(|image| image.readable && !is_shared_memory(image))
         .partition(|image| image.writable || named(image).is_some());
-    let mut disks: Vec<Disk> = top.iter().map(|image| disk_of(image, named(image))).collect();
+    let (covered, top): (Vec<_>, Vec<_>) =
+        top.into_iter().partition(|image| named(image).is_some_and(|drive| is_covered(image, drive)));
+    let (known, mut others): (Vec<_>, Vec<_>) = top.into_iter().partition(|image| named(image).is_some());
+    let mut disks: Vec<Disk> = known.iter().map(|image| disk_of(image, named(image))).collect();
+    for image in &covered {
+        let cover = cover_of(image, &others, covered.len()).map(|at| others.remove(at));
+        let mut disk = disk_of(cover.unwrap_or(image), named(image));
+        if cover.is_some() {
+            disk.format = None; // What the command line says is of the image below.
+            disk.backing_chain.push(image.path.to_string_lossy().into_owned());
+        }
+        disks.push(disk);
+    }
+    disks.extend(others.iter().map(|image| disk_of(image, None)));
     disks.sort_by(|a, b| (&a.target, &a.source).cmp(&(&b.target, &b.source)));
     tell_apart(&mut disks);
     let below = below.iter().map(|image| image.path.to_string_lossy().into_owned());
     if let [disk] = disks.as_mut_slice() {
-        disk.backing_chain = below.collect();
+        disk.backing_chain.extend(below);
     }
     disks
+}
+
+/// The guest could write to it once, and QEMU does not any more.
+fn is_covered(image: &OpenImage, drive: &Drive) -> bool {
+    !image.writable && !drive.read_only && drive.device == "disk"
+}
+
+/// Which of several images nobody named lies over this one: the only one there is, if this is the only one covered; else
+/// the one of the same name in the same directory, up to what follows the last dot.
+fn cover_of(image: &OpenImage, others: &[&OpenImage], covered: usize) -> Option<usize> {
+    if covered == 1 && others.len() == 1 {
+        return Some(0);
+    }
+    let name = |image: &OpenImage| image.path.with_extension("");
+    let mut alike = (0..others.len()).filter(|at| name(others[*at]) == name(image));
+    alike.next().filter(|_| alike.next().is_none())
 }
 
 /// Guest memory that is a file: QEMU's `memory-backend-file` and `memfd`.
@@ -133,6 +164,35 @@ mod tests {
         let two = disks_of(&[&images[..], &[image("/iso/x.iso", false)]].concat(), &[drive, cd]);
         assert_eq!(names(&two), [("ide2", "/iso/x.iso"), ("scsi0", "/vm/a.qcow2")]);
         assert_eq!((two[0].device.as_str(), two[1].backing_chain.len()), ("cdrom", 0));
+    }
+
+    #[test]
+    fn a_disk_keeps_its_name_under_a_snapshot() {
+        let drive = |id: &str, file: &str| Drive {
+            id: Some(id.into()),
+            file: file.into(),
+            device: "disk",
+            ..Drive::default()
+        };
+        let drives = [drive("vda", "/vm/a.qcow2"), drive("vdb", "/vm/b.qcow2")];
+        let (a, b) = (image("/vm/a.qcow2", false), image("/vm/b.qcow2", true));
+        let one = disks_of(&[a.clone(), b.clone(), image("/snap/x", true)], &drives);
+        assert_eq!(names(&one), [("vda", "/snap/x"), ("vdb", "/vm/b.qcow2")]);
+        assert_eq!(
+            (one[0].backing_chain.as_slice(), one[1].backing_chain.len()),
+            (&["/vm/a.qcow2".into()][..], 0)
+        );
+        let b = image("/vm/b.qcow2", false);
+        let both = [a.clone(), b.clone(), image("/vm/b.snap", true), image("/vm/a.snap", true)];
+        assert_eq!(names(&disks_of(&both, &drives)), [("vda", "/vm/a.snap"), ("vdb", "/vm/b.snap")]);
+        let unlike = [a.clone(), b, image("/vm/x", true), image("/vm/y", true)];
+        let unknown = [("vda", "/vm/a.qcow2"), ("vdb", "/vm/b.qcow2"), ("x", "/vm/x"), ("y", "/vm/y")];
+        assert_eq!(names(&disks_of(&unlike, &drives)), unknown);
+        let fixed = [Drive { read_only: true, ..drive("vda", "/vm/a.qcow2") }];
+        assert_eq!(
+            names(&disks_of(&[a, image("/vm/x", true)], &fixed)),
+            [("vda", "/vm/a.qcow2"), ("x", "/vm/x")]
+        );
     }
 
     #[test]

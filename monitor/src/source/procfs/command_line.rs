@@ -40,6 +40,8 @@ pub struct Drive {
     pub io: Option<String>,
     /// `cdrom` or `disk`.
     pub device: &'static str,
+    /// The guest may not write.
+    pub read_only: bool,
 }
 
 /// Reads a QEMU command line; `None` if the program is not QEMU.
@@ -149,6 +151,7 @@ struct Node {
     below: Option<String>,
     io: Option<String>,
     direct: bool,
+    read_only: bool,
 }
 
 impl Blocks {
@@ -167,6 +170,7 @@ impl Blocks {
             cache: words.owned("cache"),
             io: words.owned("aio"),
             device: if words.get("media") == Some("cdrom") { "cdrom" } else { "disk" },
+            read_only: ["readonly", "read-only"].iter().any(|key| words.get(key) == Some("on")),
         });
     }
 
@@ -183,8 +187,12 @@ impl Blocks {
             Some(json) => json["cache"]["direct"].as_bool() == Some(true),
             None => words.get("cache.direct") == Some("on"),
         };
-        let (file, below) = (get("filename"), get("file"));
-        self.nodes.insert(name, Node { driver: get("driver"), file, below, io: get("aio"), direct });
+        let read_only = match &json {
+            Some(json) => json["read-only"].as_bool() == Some(true),
+            None => words.get("read-only") == Some("on"),
+        };
+        let (driver, file, below, io) = (get("driver"), get("filename"), get("file"), get("aio"));
+        self.nodes.insert(name, Node { driver, file, below, io, direct, read_only });
     }
 
     /// As for nodes.
@@ -230,6 +238,7 @@ impl Blocks {
             cache: node.direct.then(|| "none".to_owned()),
             io: node.io.clone(),
             device: if kind.ends_with("-cd") { "cdrom" } else { "disk" },
+            read_only: top.read_only,
         })
     }
 }
@@ -264,6 +273,7 @@ mod tests {
             cache: Some("none".into()),
             io: Some("native".into()),
             device: "disk",
+            read_only: false,
         };
         assert_eq!(libvirt.drives, [disk]);
         let plain =
