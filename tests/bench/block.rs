@@ -14,13 +14,10 @@
 
 #[path = "../support/counting.rs"]
 mod counting;
+#[path = "../support/stage.rs"]
+mod stage;
 
-use std::{
-    collections::BTreeMap,
-    io::Write as _,
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-};
+use std::{collections::BTreeMap, path::Path};
 
 use counting::{Counting, Peer, loaded};
 use monitor::{
@@ -33,10 +30,10 @@ use monitor::{
     },
     units::Tgid,
 };
+use stage::{Fio, Stage, total_ios};
 
 const ROUNDS: usize = 3;
 const SECONDS: u32 = 1;
-const MIB: u32 = 96;
 const EXT4: u64 = 0xef53;
 
 /// How fio makes requests, on what, and how a QEMU that did so is counted.
@@ -100,98 +97,20 @@ struct Measured {
     ns_per_event: f64,
 }
 
-/// A loop device over a file in memory, and a file system on another one. Both go when this is dropped.
-struct Stage {
-    directory: PathBuf,
-    device: String,
-    below: String,
-    file: PathBuf,
-}
-
-impl Stage {
-    fn new() -> Self {
-        let directory = std::env::temp_dir().join(format!("kvm-monitor-bench-{}", std::process::id()));
-        let memory = directory.join("memory");
-        std::fs::create_dir_all(&memory).unwrap();
-        run("mount", &["-t", "tmpfs", "-o", &format!("size={}m", 2 * MIB + 64), "tmpfs", text(&memory)]);
-        let device = loop_device(&memory.join("device"));
-        let below = loop_device(&memory.join("below"));
-        let mounted = directory.join("mounted");
-        std::fs::create_dir_all(&mounted).unwrap();
-        run("mkfs.ext4", &["-q", "-F", "-O", "^has_journal", &below]);
-        run("mount", &[&below, text(&mounted)]);
-        let file = mounted.join("file");
-        std::fs::write(&file, vec![0xa5; (MIB as usize - 24) << 20]).unwrap();
-        run("sync", &["-f", text(&file)]);
-        Self { directory, device, below, file }
+impl Load {
+    fn path<'a>(&self, stage: &'a Stage) -> &'a Path {
+        if self.on_file { &stage.file } else { Path::new(&stage.device) }
     }
 
-    fn path(&self, load: &Load) -> &Path {
-        if load.on_file { &self.file } else { Path::new(&self.device) }
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        for (program, args) in [
-            ("umount", vec![text(&self.directory.join("mounted")).to_owned()]),
-            ("losetup", vec!["--detach".to_owned(), self.device.clone()]),
-            ("losetup", vec!["--detach".to_owned(), self.below.clone()]),
-            ("umount", vec![text(&self.directory.join("memory")).to_owned()]),
-        ] {
-            let _ = Command::new(program).args(args).status();
-        }
-        let _ = std::fs::remove_dir_all(&self.directory);
-    }
-}
-
-fn loop_device(file: &Path) -> String {
-    std::fs::write(file, vec![0; (MIB as usize) << 20]).unwrap();
-    let output =
-        Command::new("losetup").args(["--find", "--show", "--direct-io=on"]).arg(file).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
-
-fn run(program: &str, args: &[&str]) {
-    let status = Command::new(program).args(args).status();
-    assert!(status.is_ok_and(|status| status.success()), "{program} {args:?} failed");
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-/// fio, which begins when it is told to, so that its process id is known before.
-struct Fio(Child);
-
-impl Fio {
-    fn prepare(load: &Load, on: &Path) -> Self {
+    fn fio(&self, stage: &Stage) -> Fio {
         let options = format!(
-            "--name=b --filename={} --direct={} --rw=randrw --bs=4k --iodepth=8 --ioengine={} --runtime={SECONDS} \
-             --size={}m --time_based --thread --cpus_allowed=1 --output-format=json",
-            on.display(),
-            u8::from(load.direct),
-            load.engine,
-            MIB - 32
+            "--direct={} --rw=randrw --bs=4k --iodepth=8 --ioengine={} --runtime={SECONDS} --time_based \
+             --cpus_allowed=1 --size={}m",
+            u8::from(self.direct),
+            self.engine,
+            Stage::FILE_MIB - 8
         );
-        let mut shell = Command::new("sh");
-        shell.args(["-c", &format!("read go; exec fio {options}")]);
-        Self(shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap())
-    }
-
-    fn tgid(&self) -> Tgid {
-        Tgid(self.0.id())
-    }
-
-    /// Requests made.
-    fn go(mut self) -> f64 {
-        self.0.stdin.take().unwrap().write_all(b"\n").unwrap();
-        let output = self.0.wait_with_output().unwrap();
-        // fio may have something to say before its answer.
-        let answer = output.stdout.iter().position(|byte| *byte == b'{').unwrap_or_default();
-        let told: serde_json::Value = serde_json::from_slice(&output.stdout[answer..]).expect("fio's answer");
-        ["read", "write"].map(|of| told["jobs"][0][of]["total_ios"].as_f64().unwrap()).iter().sum()
+        Fio::prepare(&options, self.path(stage))
     }
 }
 
@@ -208,11 +127,10 @@ fn plan(ebpf: &Ebpf, load: &Load, with_device: bool) -> Plan {
 }
 
 fn measure(subject: Subject, load: &Load, stage: &Stage) -> Option<Measured> {
-    let on = stage.path(load);
-    let fio = Fio::prepare(load, on);
+    let fio = load.fio(stage);
     let between = |fio: Fio, runs: &dyn Fn() -> BTreeMap<String, ProgramRuns>| {
         let before = runs();
-        let requests = fio.go();
+        let requests = total_ios(&fio.go()) as f64;
         let (mut events, mut ns) = (0.0, 0.0);
         for (name, now) in runs() {
             let then = before.get(&name).copied().unwrap_or(ProgramRuns { count: 0, ns: 0 });
@@ -235,7 +153,7 @@ fn measure(subject: Subject, load: &Load, stage: &Stage) -> Option<Measured> {
             let plan = plan(&ebpf, load, subject != Subject::Requests);
             // The first process of the system makes none of these requests.
             let tgid = if subject == Subject::OtherProcess { Tgid(1) } else { fio.tgid() };
-            let id = ImageId::of_path(on).unwrap();
+            let id = ImageId::of_path(load.path(stage)).unwrap();
             let slot: ImageSlot = ebpf.watch_image(id.key(tgid), plan).unwrap();
             let runs = || ebpf.runs().into_iter().map(|(n, r)| (n.to_owned(), r)).collect();
             let measured = between(fio, &runs);
@@ -280,9 +198,11 @@ fn hooks(load: &Load) -> String {
 }
 
 fn main() {
-    let stage = Stage::new();
+    // Words of the names of the loads that are wanted; cargo adds options.
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let stage = Stage::new("bench");
     let _counting = Counting::on();
-    for load in &LOADS {
+    for load in LOADS.iter().filter(|load| words.iter().all(|word| load.name.contains(word))) {
         let mut all: BTreeMap<Subject, Vec<Measured>> = BTreeMap::new();
         for round in 0..ROUNDS {
             eprintln!("{}, round {} of {ROUNDS}", load.name, round + 1);
@@ -299,15 +219,16 @@ fn main() {
         let peer = of(Subject::Biolatency, |m| m.ns_per_request).filter(|ns| *ns > 0.0);
         println!("\n{} ({}), counted by {}: median of {ROUNDS} rounds", load.name, load.engine, hooks(load));
         println!(
-            "{:<34} {:>12} {:>12} {:>10} {:>11} {:>16}",
-            "", "ns/request", "events/req.", "ns/event", "over empty", "over biolatency"
+            "{:<34} {:>12} {:>12} {:>10} {:>11} {:>16} {:>10}",
+            "", "ns/request", "events/req.", "ns/event", "over empty", "over biolatency", "net of empty"
         );
         for (subject, measured) in &all {
             let figure = |figure: fn(&Measured) -> f64| median(measured.iter().map(figure));
             let (request, event) = (figure(|m| m.ns_per_request), figure(|m| m.ns_per_event));
             let over = peer.map_or("-".to_owned(), |peer| format!("{:.2}", request / peer));
+            let net = request - empty * figure(|m| m.events_per_request);
             println!(
-                "{:<34} {request:>12.1} {:>12.2} {event:>10.1} {:>11.2} {over:>16}",
+                "{:<34} {request:>12.1} {:>12.2} {event:>10.1} {:>11.2} {over:>16} {net:>12.1}",
                 subject.name(),
                 figure(|m| m.events_per_request),
                 event / empty

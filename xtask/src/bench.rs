@@ -19,7 +19,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     else {
         bail!("bench takes the name of a benchmark: block, kvm, libvirt, net or sched")
     };
-    let takes_arguments = matches!(name, "libvirt" | "sched");
+    let takes_arguments = matches!(name, "block" | "libvirt" | "sched");
     ensure!(rest.is_empty() || takes_arguments, "bench {name} takes no argument, not `{}`", rest[0]);
     ensure!(process::is_root(), "bench needs root, because it loads kernel programs: run it with sudo");
     if name == "block" {

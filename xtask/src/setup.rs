@@ -105,7 +105,7 @@ const ITEMS: [Item; 24] = [
            debian: "python3-libvirt", fedora: "python3-libvirt", arch: "libvirt-python" },
     Item { name: "venv for Python", scope: Bench, why: "holds ceilometer, which is measured beside us", presence: PythonModule("ensurepip"),
            debian: "python3-venv", fedora: "python3", arch: "python" },
-    Item { name: "fio", scope: Bench, why: "makes requests to disks", presence: Program("fio"),
+    Item { name: "fio", scope: Guests, why: "makes requests to disks in place of QEMU", presence: Program("fio"),
            debian: "fio", fedora: "fio", arch: "fio" },
     Item { name: "biolatency", scope: Bench, why: "does a part of what the disk probes do, for comparison", presence: Program("biolatency"),
            debian: "libbpf-tools", fedora: "libbpf-tools", arch: "libbpf-tools" },
