@@ -476,7 +476,124 @@ fn a_disk_is_followed_from_image_to_image() {
     std::fs::remove_file(&copy).unwrap();
     stage.write();
     stage.wait_writes("vda", |writes| writes == before + 50);
-    stage.run.stop();
+    let ended = stage.run.stop();
+    // QEMU's own requests for a job are like any others; the stream tells when there were some.
+    let jobs = ended.records.iter().filter(|r| r["type"] == "event" && r["kind"] == "block_job");
+    let jobs: Vec<_> = jobs.map(|job| job["detail"].as_str().unwrap()).collect();
+    println!("{jobs:?}");
+    assert!(jobs.iter().any(|job| job.contains("commit")) && jobs.iter().any(|job| job.contains("copy")));
+}
+
+/// Without libvirt nobody says that the new image is the same disk; its requests go on under the disk's name.
+#[test]
+fn without_libvirt_a_disk_keeps_its_name_under_a_snapshot() {
+    let lab = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
+    let spec = GuestSpec {
+        disks: vec![DiskSpec::raw("vda", SIZE), DiskSpec::raw("vdb", SIZE)],
+        ..GuestSpec::new("alone", "wait write=vdb:10x4096 end=idle")
+    };
+    let guest = lab.boot(&spec).unwrap();
+    guest.wait_begin(Which::Number(0), SCRIPT).unwrap();
+    let args = ["run", "--libvirt", "off", "--interval", "200ms", "--probes", "block", "--domain", "alone"];
+    let mut run = Run::start(lab.command(program()), &args);
+    let [raw, overlay] = ["alone-vdb.raw", "alone-vdb.snap"]
+        .map(|name| lab.scratch().join(name).to_string_lossy().into_owned());
+    let domain = run.wait("its disks", |r| r["type"] == "domain" && disk_on(r, &raw).is_some());
+    let name = disk_on(&domain, &raw).unwrap();
+    let take =
+        ["snapshot-create-as", "alone", "snap", "--disk-only", "--no-metadata", "--atomic", "--diskspec"];
+    lab.virsh(&[&take[..], &["vda,snapshot=no", "--diskspec", "vdb,snapshot=external"]].concat()).unwrap();
+    let changed = run.wait("the new image", |r| r["type"] == "domain" && disk_on(r, &overlay).is_some());
+    assert_eq!(disk_on(&changed, &overlay), Some(name.clone()), "{changed}");
+    guest.go_on(SCRIPT).unwrap();
+    guest.wait_end(SCRIPT).unwrap();
+    run.wait("its writes", |r| {
+        is_sample_of(r, &guest.uuid)
+            && disk_of(r, &name).is_some_and(|disk| disk["wr_req"]["ebpf"].as_u64() >= Some(10))
+    });
+    run.stop();
+}
+
+/// Ended when dropped.
+struct Server(std::process::Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Both fail only if it is gone already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A disk on a server of network block devices has libvirt's figures only, which says why; the one beside it has both, and
+/// a medium that is changed is another image.
+#[test]
+fn a_disk_on_a_server_is_left_to_libvirt_and_media_are_followed() {
+    let lab = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
+    let at = |name: &str| lab.scratch().join(name).to_string_lossy().into_owned();
+    let [socket, image, first, second] = ["nbd.socket", "nbd.raw", "first.iso", "second.iso"].map(at);
+    for file in [&image, &first, &second] {
+        std::fs::write(file, vec![0x5a; usize::try_from(SIZE).unwrap()]).unwrap();
+    }
+    let mut server = lab.command("qemu-nbd");
+    server.args(["--persistent", "--shared=8", "--format=raw", "--socket", &socket, &image]);
+    let _server = Server(server.spawn().unwrap());
+    let devices = format!(
+        "<disk type='network' device='disk'><driver name='qemu' type='raw' cache='none'/>\
+         <source protocol='nbd'><host transport='unix' socket='{socket}'/></source>\
+         <target dev='vdb' bus='virtio'/></disk>\
+         <disk type='file' device='cdrom'><driver name='qemu' type='raw'/><source file='{first}'/>\
+         <target dev='sda' bus='sata'/><readonly/></disk>"
+    );
+    let spec = GuestSpec {
+        disks: vec![DiskSpec::raw("vda", SIZE)],
+        extra_devices_xml: devices,
+        start: StartState::Paused,
+        ..GuestSpec::new("media", "write=vdb:40x4096 flush=vdb:1 write=vda:7x4096 end=idle")
+    };
+    let begun = std::time::Instant::now();
+    while !Path::new(&socket).exists() {
+        assert!(begun.elapsed() < SCRIPT, "qemu-nbd does not listen");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let guest = lab.boot(&spec).unwrap();
+    let mut args = vec!["run", "--interval", "200ms", "--libvirt-interval", "200ms"];
+    args.extend(["--libvirt-slow-interval", "200ms", "--probes", "block", "--domain", "media"]);
+    let mut run = Run::start(lab.command(program()), &args);
+    let domain = run.wait("its disks", |r| r["type"] == "domain" && disk_on(r, &first).is_some());
+    let disks = domain["domain"]["disks"].as_array().unwrap();
+    let remote = disks.iter().find(|disk| disk["target"] == "vdb").unwrap();
+    println!("{remote}");
+    assert_eq!(remote["observable"], false);
+    assert!(remote["observable_reason"].as_str().unwrap().contains("network disk"), "{remote}");
+    let writes = |r: &Value, target: &str, source: &str| {
+        disk_of(r, target).and_then(|disk| disk["wr_req"][source].as_u64())
+    };
+    run.wait("its disks", |r| is_sample_of(r, &guest.uuid) && writes(r, "vda", "ebpf") == Some(0));
+    guest.resume().unwrap();
+    guest.wait_end(SCRIPT).unwrap();
+    let sample = run.wait("its writes", |r| {
+        is_sample_of(r, &guest.uuid)
+            && writes(r, "vdb", "libvirt") == Some(40)
+            && writes(r, "vda", "ebpf") == Some(7)
+            && writes(r, "vda", "libvirt") == Some(7)
+    });
+    println!("{}", disk_of(&sample, "vdb").unwrap());
+    assert_eq!(writes(&sample, "vdb", "ebpf"), None);
+    lab.virsh(&["change-media", "media", "sda", "--eject", "--live", "--force"]).unwrap();
+    run.wait("an empty drive", |r| {
+        let of = |disk: &&Value| disk["target"] == "sda" && disk["observable"] == false;
+        r["type"] == "domain" && r["domain"]["disks"].as_array().unwrap().iter().any(|disk| of(&disk))
+    });
+    lab.virsh(&["change-media", "media", "sda", &second, "--insert", "--live", "--force"]).unwrap();
+    let changed = run.wait("the other medium", |r| r["type"] == "domain" && disk_on(r, &second).is_some());
+    assert_eq!(disk_on(&changed, &second).as_deref(), Some("sda"));
+    run.wait("its figures", |r| {
+        is_sample_of(r, &guest.uuid)
+            && disk_of(r, "sda").is_some_and(|disk| disk["rd_req"]["ebpf"].is_u64())
+            && writes(r, "vda", "ebpf") == Some(7)
+    });
+    run.stop();
 }
 
 // ---- disks that fail, and one that is slow
