@@ -126,9 +126,7 @@ impl Request {
 #[btf_tracepoint(function = "iomap_dio_rw_begin")]
 pub(crate) fn iomap_dio_rw_begin(ctx: BtfTracePointContext) -> i32 {
     let thread = bpf_get_current_pid_tgid();
-    if !may_be_watched(thread) {
-        return 0;
-    }
+    let Some(filter) = filter().filter(|filter| may_be_watched(filter, thread)) else { return 0 };
     let (kiocb, iter): (Address, Address) = (ctx.arg(0), ctx.arg(1));
     // SAFETY: arguments of a BTF tracepoint, and what is loaded through them.
     let (inode, written, bytes) = unsafe {
@@ -151,9 +149,8 @@ pub(crate) fn iomap_dio_rw_begin(ctx: BtfTracePointContext) -> i32 {
     }
     // SAFETY: as above.
     let no_wait = unsafe { load::<u32>(kiocb, offset(&BLOCK_LAYOUT.kiocb_flags)) } & NO_WAIT != 0;
-    if let Some(key) = key_of(kiocb) {
-        begin(key, found, Request { operation: if written { WRITE } else { READ }, bytes, no_wait });
-    }
+    let request = Request { operation: if written { WRITE } else { READ }, bytes, no_wait };
+    begin(filter, key_of(filter, kiocb), found, request);
     0
 }
 
@@ -161,8 +158,8 @@ pub(crate) fn iomap_dio_rw_begin(ctx: BtfTracePointContext) -> i32 {
 /// `ret` is what the caller gets: bytes, or a negative error number.
 #[btf_tracepoint(function = "iomap_dio_complete")]
 pub(crate) fn iomap_dio_complete(ctx: BtfTracePointContext) -> i32 {
-    if let Some(key) = key_of(ctx.arg(0)) {
-        end(key, ctx.arg::<i64>(2));
+    if let Some(filter) = filter() {
+        end(filter, key_of(filter, ctx.arg(0)), ctx.arg::<i64>(2));
     }
     0
 }
@@ -191,11 +188,11 @@ struct Asked {
 #[btf_tracepoint(function = "block_bio_queue")]
 pub(crate) fn block_bio_queue(ctx: BtfTracePointContext) -> i32 {
     let thread = bpf_get_current_pid_tgid();
-    let mine = may_be_watched(thread);
-    if !(mine || may_be_watched(ANY_PROCESS.into()) && is_kernel_thread()) {
+    let Some(filter) = filter() else { return 0 };
+    let mine = may_be_watched(filter, thread);
+    if !(mine || may_be_watched(filter, ANY_PROCESS.into()) && is_kernel_thread()) {
         return 0;
     }
-    let Some(filter) = filter() else { return 0 };
     let bio: Address = ctx.arg(0);
     // SAFETY: an argument of a BTF tracepoint, and what is loaded through it.
     let asked = unsafe {
@@ -214,14 +211,12 @@ pub(crate) fn block_bio_queue(ctx: BtfTracePointContext) -> i32 {
     }
     if let Counts::Elsewhere = counts
         && filter.wanted & WANTED_BELOW != 0
-        && let Some((found, request)) = below_disk(asked, tgid, mine)
+        && let Some((found, request)) = below_disk(filter, asked, tgid, mine)
     {
         counts = Counts::From(found, request);
     }
-    if let Counts::From(found, request) = counts
-        && let Some(key) = key_of(bio)
-    {
-        begin(key, found, request);
+    if let Counts::From(found, request) = counts {
+        begin(filter, key_of(filter, bio), found, request);
     }
     0
 }
@@ -263,7 +258,7 @@ fn for_disk(asked: Asked, found: Found) -> Counts {
 /// What a `bio` is for the image whose data it moves: a request of the device below it or, where nothing else sees its
 /// requests, of the image itself.
 #[inline(always)]
-fn below_disk(asked: Asked, tgid: u32, mine: bool) -> Option<(Found, Request)> {
+fn below_disk(filter: &'static BlockFilter, asked: Asked, tgid: u32, mine: bool) -> Option<(Found, Request)> {
     let operation = match asked.opf & 0xff {
         REQ_READ => READ,
         REQ_WRITE => WRITE,
@@ -273,7 +268,7 @@ fn below_disk(asked: Asked, tgid: u32, mine: bool) -> Option<(Found, Request)> {
         return None;
     }
     let request = Request::new(operation, asked.bytes);
-    if mine && let Some(found) = in_flight_above(asked.bio) {
+    if mine && let Some(found) = in_flight_above(filter, asked.bio) {
         // A copy that a stacked device made is carried out by another device.
         let is_first = offset(&found.image.device) == asked.device;
         return if is_first { Some((found.below()?, request)) } else { None };
@@ -290,11 +285,11 @@ fn below_disk(asked: Asked, tgid: u32, mine: bool) -> Option<(Found, Request)> {
 /// The image whose request of direct I/O through iomap a `bio` is a part of, if that request is in flight. Of another
 /// `bio` what is read here is any number, and no key of a request.
 #[inline(always)]
-fn in_flight_above(bio: Address) -> Option<Found> {
+fn in_flight_above(filter: &'static BlockFilter, bio: Address) -> Option<Found> {
     // SAFETY: an argument of a BTF tracepoint.
     let dio: u64 = unsafe { load(bio, offset(&BLOCK_LAYOUT.bio_private)) };
     let kiocb: u64 = probe(dio, offset(&BLOCK_LAYOUT.dio_kiocb))?;
-    Found::at(find(key_of_number(kiocb)?)?.slot)
+    Found::at(find(filter, key_of_number(filter, kiocb))?.slot)
 }
 
 /// The inode whose pages in the page cache a `bio` moves; `None` if they are not of the page cache.
@@ -361,10 +356,11 @@ pub(crate) fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
     let (first, next): (u32, u64) =
         unsafe { (load(bio, offset(&BLOCK_LAYOUT.bio_size)), load(bio, offset(&BLOCK_LAYOUT.bio_next))) };
     let Some(left) = bytes.checked_sub(u64::from(first)) else { return 0 };
-    let Some(key) = key_of(bio) else { return 0 };
-    end_part(key, status);
+    let Some(filter) = filter() else { return 0 };
+    let key = key_of(filter, bio);
+    end_part(filter, key, status);
     if next != 0 && left != 0 {
-        end_more(key, left, status);
+        end_more(filter, key, left, status);
     }
     0
 }
@@ -384,9 +380,9 @@ struct Parts {
 /// Ends the parts of a merged request after the first, in a loop of the kernel's: the verifier would look at each round
 /// of one that is written here.
 #[inline(always)]
-fn end_more(first_key: u64, left: u64, status: u8) -> Option<()> {
+fn end_more(filter: &'static BlockFilter, first_key: u64, left: u64, status: u8) -> Option<()> {
     // Addresses as numbers: the verifier does not let those that it knows as such be kept.
-    let base = base()?;
+    let base = base(filter);
     let next: u64 = probe(base.wrapping_add(first_key), offset(&BLOCK_LAYOUT.bio_next))?;
     let mut parts = Parts { bio: next, base, left, status: u64::from(status) };
     let next_part: unsafe extern "C" fn(u64, *mut Parts) -> i64 = end_next;
@@ -403,7 +399,8 @@ unsafe extern "C" fn end_next(_: u64, parts: *mut Parts) -> i64 {
     let Some(bytes) = probe::<u32>(parts.bio, offset(&BLOCK_LAYOUT.bio_size)) else { return 1 };
     let Some(left) = parts.left.checked_sub(u64::from(bytes)) else { return 1 };
     let Some(next) = probe::<u64>(parts.bio, offset(&BLOCK_LAYOUT.bio_next)) else { return 1 };
-    end_part(parts.bio.wrapping_sub(parts.base), parts.status as u8);
+    let Some(filter) = filter() else { return 1 };
+    end_part(filter, parts.bio.wrapping_sub(parts.base), parts.status as u8);
     (parts.bio, parts.left) = (next, left);
     i64::from(next == 0 || left == 0)
 }
@@ -415,16 +412,16 @@ pub(crate) fn block_bio_complete(ctx: BtfTracePointContext) -> i32 {
     let bio: Address = ctx.arg(1);
     // SAFETY: an argument of a BTF tracepoint.
     let status: u8 = unsafe { load(bio, offset(&BLOCK_LAYOUT.bio_status)) };
-    if let Some(key) = key_of(bio) {
-        end_part(key, status);
+    if let Some(filter) = filter() {
+        end_part(filter, key_of(filter, bio), status);
     }
     0
 }
 
 /// A `bio` is over.
 #[inline(always)]
-fn end_part(key: u64, status: u8) {
-    if let Some(flight) = take(key) {
+fn end_part(filter: &'static BlockFilter, key: u64, status: u8) {
+    if let Some(flight) = take(filter, key) {
         finish(&flight, if status == 0 { i64::from(flight.bytes) } else { -status_errno(status) });
     }
 }
@@ -458,9 +455,7 @@ pub(crate) fn io_uring_submit_req(ctx: BtfTracePointContext) -> i32 {
     const READ_PLAIN: u8 = 22;
     const WRITE_PLAIN: u8 = 23;
     let thread = bpf_get_current_pid_tgid();
-    if !may_be_watched(thread) {
-        return 0;
-    }
+    let Some(filter) = filter().filter(|filter| may_be_watched(filter, thread)) else { return 0 };
     let req: Address = ctx.arg(0);
     // SAFETY: an argument of a BTF tracepoint.
     let opcode: u8 = unsafe { load(req, offset(&BLOCK_LAYOUT.uring_opcode)) };
@@ -472,10 +467,8 @@ pub(crate) fn io_uring_submit_req(ctx: BtfTracePointContext) -> i32 {
     };
     // SAFETY: as above. Zero-extended: a negative descriptor is larger than any table.
     let fd: u32 = unsafe { load(req, offset(&BLOCK_LAYOUT.uring_fd)) };
-    if let Some(found) = image_of_fd(thread, fd).filter(|found| found.is_counted(by))
-        && let Some(key) = key_of(req)
-    {
-        begin(key ^ IN_URING, found, Request::new(operation, 0));
+    if let Some(found) = image_of_fd(thread, fd).filter(|found| found.is_counted(by)) {
+        begin(filter, key_of(filter, req) ^ IN_URING, found, Request::new(operation, 0));
     }
     0
 }
@@ -484,8 +477,8 @@ pub(crate) fn io_uring_submit_req(ctx: BtfTracePointContext) -> i32 {
 /// `(ctx, req, u64 user_data, int res, …)`: the result of a request is put into the ring.
 #[btf_tracepoint(function = "io_uring_complete")]
 pub(crate) fn io_uring_complete(ctx: BtfTracePointContext) -> i32 {
-    let Some(key) = key_of_number(ctx.arg(1)) else { return 0 };
-    let Some(flight) = take(key ^ IN_URING) else { return 0 };
+    let Some(filter) = filter() else { return 0 };
+    let Some(flight) = take(filter, key_of_number(filter, ctx.arg(1)) ^ IN_URING) else { return 0 };
     let result: i32 = if offset(&BLOCK_LAYOUT.uring_complete_has_cqe) == 0 {
         ctx.arg::<u64>(3) as i32
     } else {
@@ -516,9 +509,7 @@ pub(crate) fn block_sys_enter(ctx: BtfTracePointContext) -> i32 {
         return 0;
     };
     let thread = bpf_get_current_pid_tgid();
-    if !may_be_watched(thread) {
-        return 0;
-    }
+    let Some(filter) = filter().filter(|filter| may_be_watched(filter, thread)) else { return 0 };
     let regs: Address = ctx.arg(0);
     // SAFETY: an argument of a BTF tracepoint.
     let argument = |n: usize| unsafe { load::<u64>(regs, offset(&BLOCK_LAYOUT.call_arguments[n])) };
@@ -527,7 +518,7 @@ pub(crate) fn block_sys_enter(ctx: BtfTracePointContext) -> i32 {
     };
     let mode = argument(1);
     match operation {
-        Some(operation) => begin(thread | IN_CALL, found, Request::new(operation, 0)),
+        Some(operation) => begin(filter, thread | IN_CALL, found, Request::new(operation, 0)),
         None if mode & PUNCH_HOLE != 0 => {
             count_range(&found.image.discards, &found.image.discard_bytes, argument(3));
         }
@@ -543,8 +534,8 @@ pub(crate) fn block_sys_enter(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sys_exit")]
 pub(crate) fn block_sys_exit(ctx: BtfTracePointContext) -> i32 {
     let thread = bpf_get_current_pid_tgid();
-    if may_be_watched(thread) {
-        end(thread | IN_CALL, ctx.arg::<i64>(1));
+    if let Some(filter) = filter().filter(|filter| may_be_watched(filter, thread)) {
+        end(filter, thread | IN_CALL, ctx.arg::<i64>(1));
     }
     0
 }
@@ -553,16 +544,14 @@ pub(crate) fn block_sys_exit(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "ext4_sync_file_enter")]
 pub(crate) fn ext4_sync_file_enter(ctx: BtfTracePointContext) -> i32 {
     let thread = bpf_get_current_pid_tgid();
-    if !may_be_watched(thread) {
-        return 0;
-    }
+    let Some(filter) = filter().filter(|filter| may_be_watched(filter, thread)) else { return 0 };
     // SAFETY: an argument of a BTF tracepoint, and what is loaded through it.
     let found = unsafe {
         let inode: Address = load(ctx.arg::<Address>(0), offset(&BLOCK_LAYOUT.file_inode));
         image_of_inode(thread, inode)
     };
     if let Some(found) = found.filter(|found| found.is_counted(FLUSH_BY_EXT4)) {
-        begin(thread | IN_EXT4, found, Request::new(FLUSH, 0));
+        begin(filter, thread | IN_EXT4, found, Request::new(FLUSH, 0));
     }
     0
 }
@@ -571,8 +560,8 @@ pub(crate) fn ext4_sync_file_enter(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "ext4_sync_file_exit")]
 pub(crate) fn ext4_sync_file_exit(ctx: BtfTracePointContext) -> i32 {
     let thread = bpf_get_current_pid_tgid();
-    if may_be_watched(thread) {
-        end(thread | IN_EXT4, i64::from(ctx.arg::<u64>(1) as i32));
+    if let Some(filter) = filter().filter(|filter| may_be_watched(filter, thread)) {
+        end(filter, thread | IN_EXT4, i64::from(ctx.arg::<u64>(1) as i32));
     }
     0
 }
@@ -598,9 +587,7 @@ pub(crate) fn ext4_zero_range(ctx: BtfTracePointContext) -> i32 {
 #[inline(always)]
 fn ext4_range(ctx: &BtfTracePointContext) -> Option<Found> {
     let thread = bpf_get_current_pid_tgid();
-    if !may_be_watched(thread) {
-        return None;
-    }
+    filter().filter(|filter| may_be_watched(filter, thread))?;
     // SAFETY: an argument of a BTF tracepoint.
     let found = unsafe { image_of_inode(thread, ctx.arg(0)) }?;
     found.is_counted(FLUSH_BY_EXT4).then_some(found)
@@ -608,9 +595,8 @@ fn ext4_range(ctx: &BtfTracePointContext) -> Option<Found> {
 
 /// One bit: whether it is worth looking for an image of this thread's process.
 #[inline(always)]
-fn may_be_watched(thread: u64) -> bool {
+fn may_be_watched(filter: &BlockFilter, thread: u64) -> bool {
     let bit = (thread >> 32) as u32 % PROCESS_FILTER_BITS;
-    let Some(filter) = filter() else { return false };
     filter.processes[(bit / 64) as usize] >> (bit % 64) & 1 != 0
 }
 
@@ -718,31 +704,29 @@ fn count_range(ranges: &u64, sum: &u64, bytes: u64) {
 /// A number for the address of a kernel structure. The verifier lets no address be hashed, but it lets two be
 /// subtracted; that of a map never changes.
 #[inline(always)]
-fn key_of(address: Address) -> Option<u64> {
-    Some((address as u64).wrapping_sub(BLOCK_FILTER.get_ptr(0)? as u64))
+fn key_of(filter: &'static BlockFilter, address: Address) -> u64 {
+    (address as u64).wrapping_sub(core::ptr::from_ref(filter) as u64)
 }
 
 /// The same for an address that is known as a number only.
 #[inline(always)]
-fn key_of_number(address: u64) -> Option<u64> {
-    Some(address.wrapping_sub(base()?))
+fn key_of_number(filter: &'static BlockFilter, address: u64) -> u64 {
+    address.wrapping_sub(base(filter))
 }
 
 /// The address that keys are distances to, as a number: that is what the verifier takes for it once it was in memory.
 #[inline(always)]
-fn base() -> Option<u64> {
-    let filter = filter()?;
+fn base(filter: &'static BlockFilter) -> u64 {
     let base = Word::of(&filter.base);
     if base.load() == 0 {
         base.store(core::ptr::from_ref(filter) as u64);
     }
-    Some(base.load())
+    base.load()
 }
 
 /// A request begins. One that has no room counts as done, without latency.
 #[inline(always)]
-fn begin(key: u64, found: Found, request: Request) {
-    let Some(filter) = filter() else { return };
+fn begin(filter: &'static BlockFilter, key: u64, found: Found, request: Request) {
     // SAFETY: plain helper call.
     let begin_ns = unsafe { bpf_ktime_get_ns() };
     let flight = Flight {
@@ -755,13 +739,23 @@ fn begin(key: u64, found: Found, request: Request) {
         histograms: offset(&found.image.histograms),
         reserved: 0,
     };
-    if let Some(place) = find(key)
+    let begun = of_operation(&found.image.begun, request.operation);
+    let (start, deepest) = (flight_start(key), Word::of(&filter.deepest));
+    // Mostly nobody ever was anywhere but in the first place of a search.
+    if deepest.load() == 0
+        && let Some(place) = flying(start)
+        && get(&place.key) == 0
+        && claim(&place.key, key)
+    {
+        write(place, &flight);
+        return add(begun, 1);
+    }
+    if let Some(place) = find(filter, key)
         && replace(place, &flight)
     {
         return; // Made again: it counts once, from now.
     }
-    add(of_operation(&found.image.begun, request.operation), 1);
-    let (start, deepest) = (flight_start(key), Word::of(&filter.deepest));
+    add(begun, 1);
     for i in 0..FLIGHT_PROBES {
         let Some(place) = flying(start + i) else { return };
         if get(&place.key) == 0 && claim(&place.key, key) {
@@ -804,16 +798,16 @@ fn write(place: &Flight, flight: &Flight) {
 
 /// A request is over, with bytes or a negative error number.
 #[inline(always)]
-fn end(key: u64, result: i64) {
-    if let Some(flight) = take(key) {
+fn end(filter: &'static BlockFilter, key: u64, result: i64) {
+    if let Some(flight) = take(filter, key) {
         finish(&flight, result);
     }
 }
 
 /// Forgets a request in flight and says what it was.
 #[inline(always)]
-fn take(key: u64) -> Option<Flight> {
-    let place = find(key)?;
+fn take(filter: &'static BlockFilter, key: u64) -> Option<Flight> {
+    let place = find(filter, key)?;
     let flight = *place;
     Word::of(&place.key).store(0); // Nobody else claims it before this.
     Some(flight)
@@ -821,8 +815,8 @@ fn take(key: u64) -> Option<Flight> {
 
 /// Where a request in flight is.
 #[inline(always)]
-fn find(key: u64) -> Option<&'static Flight> {
-    let (start, deepest) = (flight_start(key), Word::of(&filter()?.deepest).load());
+fn find(filter: &'static BlockFilter, key: u64) -> Option<&'static Flight> {
+    let (start, deepest) = (flight_start(key), Word::of(&filter.deepest).load());
     let mut found = None;
     for i in 0..FLIGHT_PROBES {
         if u64::from(i) > deepest {
