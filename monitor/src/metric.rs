@@ -104,6 +104,9 @@ pub struct MetricDef {
     pub help: &'static str,
 }
 
+/// How many metrics there are.
+pub const METRIC_COUNT: usize = METRICS.len();
+
 macro_rules! metrics {
     ($($metric:ident: $scope:ident, $name:literal, $unit:ident, $kind:ident, $sources:expr, $cadence:ident, $help:literal;)*) => {
         /// Every metric, in the order of [`METRICS`].

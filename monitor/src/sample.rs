@@ -4,7 +4,7 @@
 //! allocates once the entities are known.
 
 use crate::{
-    metric::{Cadence, Metric, Scope},
+    metric::{Cadence, METRIC_COUNT, METRICS, Metric, Scope},
     source::{
         ebpf::ExitReasons,
         libvirt::{Job, stats::DirtyRate},
@@ -47,25 +47,60 @@ impl ReadClass {
     }
 }
 
-/// Values of one entity, by metric of its scope and by source: now and at the read before.
+/// Values of one entity, for each metric of its scope and each source that can have it: now and at the read before.
+///
+/// Nothing is kept for a source that cannot have a metric: there may be thousands of entities, and between two ticks of
+/// a second their values have left every cache.
 #[derive(Clone, Debug)]
 pub struct Values {
     scope: Scope,
-    cells: Box<[[Cell; SourceKind::COUNT]]>,
+    /// A bit for each of `numbers` that is known.
+    now: u64,
+    before: u64,
+    /// Now, and at the read before.
+    numbers: Box<[[u64; 2]]>,
 }
 
-/// One number of one source.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Cell {
-    now: Option<u64>,
-    before: Option<u64>,
+/// In [`PLACES`]: the source cannot have the metric.
+const NOWHERE: u8 = u8::MAX;
+const SCOPES: usize = Scope::ALL.len();
+
+/// Where the number of each metric and source is among those of the metric's scope.
+static PLACES: [[u8; SourceKind::COUNT]; METRIC_COUNT] = layout().0;
+/// How many numbers an entity of each scope has.
+static COUNTS: [u8; SCOPES] = layout().1;
+/// Which of them each read brings.
+static BROUGHT: [[u64; ReadClass::COUNT]; SCOPES] = layout().2;
+
+type Layout = ([[u8; SourceKind::COUNT]; METRIC_COUNT], [u8; SCOPES], [[u64; ReadClass::COUNT]; SCOPES]);
+
+const fn layout() -> Layout {
+    let mut places = [[NOWHERE; SourceKind::COUNT]; METRIC_COUNT];
+    let mut counts = [0; SCOPES];
+    let mut brought = [[0; ReadClass::COUNT]; SCOPES];
+    let mut m = 0;
+    while m < METRIC_COUNT {
+        let def = &METRICS[m];
+        let (scope, mut s) = (def.scope as usize, 0);
+        while s < def.sources.len() {
+            let source = def.sources[s];
+            assert!(counts[scope] < 64, "a bit for each number");
+            places[m][source as usize] = counts[scope];
+            brought[scope][ReadClass::of(def.metric, source) as usize] |= 1 << counts[scope];
+            counts[scope] += 1;
+            s += 1;
+        }
+        m += 1;
+    }
+    (places, counts, brought)
 }
 
 impl Values {
     /// No values yet.
     #[must_use]
     pub fn new(scope: Scope) -> Self {
-        Self { scope, cells: vec![[Cell::default(); SourceKind::COUNT]; scope.metrics().len()].into() }
+        let numbers = vec![[0; 2]; COUNTS[scope as usize].into()].into();
+        Self { scope, now: 0, before: 0, numbers }
     }
 
     /// What these are values of.
@@ -83,7 +118,11 @@ impl Values {
         let def = metric.def();
         debug_assert_eq!((def.scope, def.unit), (self.scope, Q::UNIT), "{}", def.name);
         debug_assert!(def.sources.contains(&source), "{} from {}", def.name, source.name());
-        self.cells[metric.index_in_scope()][source as usize].now = Some(value.raw());
+        let place = PLACES[metric as usize][source as usize];
+        if let Some([now, _]) = self.numbers.get_mut(usize::from(place)) {
+            *now = value.raw();
+            self.now |= 1 << place;
+        }
     }
 
     /// As [`Values::put`], nothing for `None`.
@@ -96,28 +135,34 @@ impl Values {
     /// The value at the last read.
     #[must_use]
     pub fn now(&self, source: SourceKind, metric: Metric) -> Option<u64> {
-        self.cells[metric.index_in_scope()][source as usize].now
+        self.get(self.now, source, metric).map(|[now, _]| *now)
     }
 
     /// The value at the read before.
     #[must_use]
     pub fn before(&self, source: SourceKind, metric: Metric) -> Option<u64> {
-        self.cells[metric.index_in_scope()][source as usize].before
+        self.get(self.before, source, metric).map(|[_, before]| *before)
+    }
+
+    fn get(&self, known: u64, source: SourceKind, metric: Metric) -> Option<&[u64; 2]> {
+        let place = PLACES[metric as usize][source as usize];
+        if place != NOWHERE && known & 1 << place != 0 { self.numbers.get(usize::from(place)) } else { None }
     }
 
     fn shift(&mut self, class: ReadClass) {
-        for (def, cells) in self.scope.metrics().iter().zip(&mut self.cells) {
-            for source in SourceKind::ALL {
-                if ReadClass::of(def.metric, source) == class {
-                    let cell = &mut cells[source as usize];
-                    cell.before = cell.now.take();
-                }
-            }
+        let brought = BROUGHT[self.scope as usize][class as usize];
+        let mut known = self.now & brought;
+        self.before = self.before & !brought | known;
+        self.now &= !brought;
+        while known != 0 {
+            let [now, before] = &mut self.numbers[known.trailing_zeros() as usize];
+            *before = *now;
+            known &= known - 1;
         }
     }
 
     fn clear(&mut self) {
-        self.cells.fill([Cell::default(); SourceKind::COUNT]);
+        (self.now, self.before) = (0, 0);
     }
 }
 
@@ -388,6 +433,31 @@ mod tests {
         assert_eq!(vcpu.before(SourceKind::Ebpf, Metric::VcpuRun), Some(10));
         assert_eq!(vcpu.now(SourceKind::Procfs, Metric::VcpuRun), Some(8));
         assert_eq!(vcpu.before(SourceKind::Procfs, Metric::VcpuRun), None);
+    }
+
+    #[test]
+    fn every_metric_of_every_source_has_a_place_of_its_own() {
+        for scope in Scope::ALL {
+            let pairs = || scope.metrics().iter().flat_map(|def| def.sources.iter().map(move |s| (def, *s)));
+            let mut places: Vec<u8> =
+                pairs().map(|(def, source)| PLACES[def.metric as usize][source as usize]).collect();
+            places.sort_unstable();
+            assert_eq!(places, (0..COUNTS[scope as usize]).collect::<Vec<_>>(), "{scope:?}");
+            // Each is brought by one read.
+            let all: u64 = BROUGHT[scope as usize].iter().fold(0, |all, one| {
+                assert_eq!(all & one, 0, "{scope:?}");
+                all | one
+            });
+            assert_eq!(all.count_ones() as usize, places.len(), "{scope:?}");
+            for (def, source) in pairs() {
+                let mut values = Values::new(scope);
+                let place = PLACES[def.metric as usize][source as usize];
+                values.numbers[usize::from(place)] = [7, 8];
+                (values.now, values.before) = (1 << place, 0);
+                assert_eq!(values.now(source, def.metric), Some(7), "{}", def.name);
+                assert_eq!(values.before(source, def.metric), None, "{}", def.name);
+            }
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::{
         ebpf::ExitReason,
         libvirt::{Job, stats::DirtyRate},
     },
-    units::{MonotonicNs, SourceKind, Window},
+    units::{MonotonicNs, SourceKind, Unit, Window},
 };
 
 /// What the sources said of one domain at one tick.
@@ -195,44 +195,48 @@ impl Serialize for Metrics<'_> {
 
 /// Numbers of one metric, and what follows from them.
 #[derive(Clone, Copy, Debug)]
-struct MetricValue<'a> {
-    def: &'a MetricDef,
-    values: &'a Values,
-    sample: &'a DomainSample,
+struct MetricValue {
+    /// In the order of [`SourceKind::ALL`].
+    numbers: [Option<u64>; SourceKind::COUNT],
+    best: SourceKind,
+    rate: Option<model::Rate>,
+    unit: Unit,
 }
 
-impl MetricValue<'_> {
-    fn of(&self, source: SourceKind) -> Option<u64> {
-        let fresh = self.sample.reads(ReadClass::of(self.def.metric, source)).fresh;
-        if fresh { self.values.now(source, self.def.metric) } else { None }
-    }
-
-    fn best(&self) -> Option<SourceKind> {
-        self.def.sources.iter().copied().find(|s| self.of(*s).is_some())
-    }
-
-    fn rate(&self, source: SourceKind) -> Option<model::Rate> {
-        let reads = self.sample.reads(ReadClass::of(self.def.metric, source));
-        let before = (self.values.before(source, self.def.metric)?, reads.before?);
-        rate(before, (self.of(source)?, reads.now?)).ok()
-    }
-}
-
-impl Serialize for MetricValue<'_> {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut map = to.serialize_map(None)?;
-        for source in SourceKind::ALL {
-            if let Some(value) = self.of(source) {
-                map.serialize_entry(source.name(), &value)?;
+impl MetricValue {
+    /// `None` if no source was read for it since the last sample.
+    fn of(def: &MetricDef, values: &Values, sample: &DomainSample) -> Option<Self> {
+        let reads = |source| sample.reads(ReadClass::of(def.metric, source));
+        let (mut numbers, mut best) = ([None; SourceKind::COUNT], None);
+        for source in def.sources {
+            if let Some(now) = values.now(*source, def.metric).filter(|_| reads(*source).fresh) {
+                numbers[*source as usize] = Some(now);
+                best = best.or(Some((*source, now)));
             }
         }
-        if let Some(best) = self.best() {
-            map.serialize_entry("best", best.name())?;
-            if let (Kind::Counter, Some(rate)) = (self.def.kind, self.rate(best)) {
-                let per_s =
-                    if self.def.unit == crate::units::Unit::Nanoseconds { rate.mid / 1e9 } else { rate.mid };
-                map.serialize_entry("per_s", &per_s)?;
+        let (best, now) = best?;
+        let rate_of_best = || {
+            let before = values.before(best, def.metric)?;
+            let reads = reads(best);
+            rate((before, reads.before?), (now, reads.now?)).ok()
+        };
+        let rate = if def.kind == Kind::Counter { rate_of_best() } else { None };
+        Some(Self { numbers, best, rate, unit: def.unit })
+    }
+}
+
+impl Serialize for MetricValue {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let mut map = to.serialize_map(None)?;
+        for (source, number) in SourceKind::ALL.iter().zip(&self.numbers) {
+            if let Some(number) = number {
+                map.serialize_entry(source.name(), number)?;
             }
+        }
+        map.serialize_entry("best", self.best.name())?;
+        if let Some(rate) = self.rate {
+            let per_s = if self.unit == Unit::Nanoseconds { rate.mid / 1e9 } else { rate.mid };
+            map.serialize_entry("per_s", &per_s)?;
         }
         map.end()
     }
@@ -244,8 +248,7 @@ fn serialize_values<S: Serializer>(
     sample: &DomainSample,
 ) -> Result<(), S::Error> {
     for def in values.scope().metrics() {
-        let value = MetricValue { def, values, sample };
-        if value.best().is_some() {
+        if let Some(value) = MetricValue::of(def, values, sample) {
             map.serialize_entry(def.name, &value)?;
         }
     }
@@ -258,15 +261,14 @@ fn serialize_utilization<S: Serializer>(
     values: &Values,
     sample: &DomainSample,
 ) -> Result<(), S::Error> {
-    let value = MetricValue { def: Metric::CpuTime.def(), values, sample };
-    let Some(best) = value.best() else { return Ok(()) };
-    let Some(rate) = value.rate(best) else { return Ok(()) };
+    let Some(value) = MetricValue::of(Metric::CpuTime.def(), values, sample) else { return Ok(()) };
+    let Some(rate) = value.rate else { return Ok(()) };
     #[derive(Serialize)]
     struct Percent {
         best: &'static str,
         value: f64,
     }
-    map.serialize_entry("util_pct", &Percent { best: best.name(), value: rate.mid / 1e7 })
+    map.serialize_entry("util_pct", &Percent { best: value.best.name(), value: rate.mid / 1e7 })
 }
 
 /// What follows from the balloon's figures: memory in use by the best definition there is, and their age.
