@@ -75,9 +75,9 @@ pub enum Kind {
 /// How often a source is asked while eBPF works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cadence {
-    /// libvirt at each read: it answers without asking QEMU. `/proc` at each tick.
+    /// libvirt at each read: it answers without asking QEMU. `/proc` at each tick, beside eBPF ten times a second at most.
     Fast,
-    /// libvirt at each slow read (asking costs the guest: QEMU's main loop answers). `/proc` at each tick.
+    /// libvirt at each slow read (asking costs the guest: QEMU's main loop answers). `/proc` likewise.
     Slow,
     /// libvirt as above, and `/proc` no more often: reading it costs more than it tells beside eBPF.
     Rare,
@@ -297,7 +297,7 @@ metrics! {
     MemoryHugetlbPgfail: Memory, "hugetlb_pgfail", Count, Counter, [Libvirt], Slow,
         "Huge pages the guest failed to allocate. libvirt: balloon.hugetlb_pgfail.";
     MemoryRss: Memory, "rss_bytes", Bytes, Gauge, [Procfs, Libvirt], Slow,
-        "Resident memory of the QEMU process on the host. procfs: /proc/PID/statm. libvirt: balloon.rss.";
+        "Resident memory of the QEMU process on the host. procfs: rss of /proc/PID/stat. libvirt: balloon.rss.";
     MemoryPss: Memory, "pss_bytes", Bytes, Gauge, [Procfs], Rare,
         "Resident memory, what is shared with other processes counted by their number (KSM and shared libraries). procfs: /proc/PID/smaps_rollup, once a minute at most and less often where reading it takes long.";
     MemorySwap: Memory, "swap_bytes", Bytes, Gauge, [Procfs], Rare,

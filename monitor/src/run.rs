@@ -34,15 +34,17 @@ use crate::{
 
 /// How long the first answer of libvirt is waited for before the stream begins.
 const FIRST_ANSWER: Duration = Duration::from_secs(3);
-/// Time between looks for processes and threads that came or went.
+/// Time between looks for processes, threads and devices that came or went.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Time between looks at all of them, where the kernel programs tell of most.
+const FULL_LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// Least time between looks at what changed: in a storm of threads one look serves for many.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// A change of the wall clock against the arithmetic one from here on is a step; slewing makes less of it between ticks
 /// (0.05 % of an interval).
 const CLOCK_STEP_NS: u128 = 500_000_000;
-/// For how long a process that began is looked at every [`LOOK_INTERVAL`], not only at ticks: QEMU opens its disks and
-/// taps one after the other.
+/// For how long a process that began or ended is looked at every [`LOOK_INTERVAL`], not only at ticks: QEMU opens its disks
+/// and taps one after the other, and is still there when it begins to end.
 const SETTLING: Duration = Duration::from_secs(10);
 const HEALTH_INTERVAL: Duration = Duration::from_secs(60);
 /// After so many ticks the start is over, and what it needed can go.
@@ -123,6 +125,8 @@ struct Runner {
     /// When the last tick should have been.
     last_due: Option<Instant>,
     looked: MonotonicNs,
+    /// When all of them were looked at.
+    looked_fully: MonotonicNs,
     ticks: u64,
     ticks_missed: u64,
     ebpf_lost: bool,
@@ -171,6 +175,7 @@ impl Runner {
             last_tick: None,
             last_due: None,
             looked: now,
+            looked_fully: now,
             ticks: 0,
             ticks_missed: 0,
             ebpf_lost: false,
@@ -237,6 +242,7 @@ impl Runner {
                 _ = health.tick() => self.write_health(),
                 () = sleep_until(end) => return End::Stop("the time given by --duration is over"),
             }
+            self.sink.flush();
         }
     }
 
@@ -249,8 +255,7 @@ impl Runner {
             self.ticks_missed += skipped(due - last, self.config.interval);
         }
         if now.since(self.looked) >= duration_ns(LOOK_INTERVAL) {
-            self.looked = now;
-            self.tracker.look();
+            self.look(now);
         }
         self.tracker.read_ebpf();
         self.watch_ebpf();
@@ -263,6 +268,18 @@ impl Runner {
         tracing::debug!(number = self.ticks, interval_ns, domains = self.tracker.domains().len(), "tick");
         if self.ticks == SETTLED_TICKS {
             footprint::release();
+        }
+    }
+
+    fn look(&mut self, now: MonotonicNs) {
+        self.looked = now;
+        let every =
+            if self.changes.is_some() && self.tracker.is_told() { FULL_LOOK_INTERVAL } else { LOOK_INTERVAL };
+        if now.since(self.looked_fully) >= duration_ns(every) {
+            self.looked_fully = now;
+            self.tracker.look();
+        } else {
+            self.tracker.look_briefly();
         }
     }
 
@@ -279,7 +296,8 @@ impl Runner {
 
     fn look_again(&mut self) {
         self.looked = MonotonicNs::now();
-        self.tracker.look();
+        self.tracker.look_for_processes();
+        self.tracker.look_briefly();
         self.write_notices();
         self.write_first_samples();
         let next = Instant::now() + LOOK_INTERVAL;
@@ -358,7 +376,7 @@ impl Runner {
         let (new, gone) = (!answer.described.is_empty(), !answer.gone.is_empty());
         self.tracker.take_libvirt(answer);
         if new && self.tracker.has_unfound() || gone {
-            self.tracker.look();
+            self.tracker.look_for_processes();
         }
     }
 
@@ -366,7 +384,7 @@ impl Runner {
     fn happened(&mut self, event: &DomainEvent) {
         self.tracker.happened(event);
         if matches!(event.what, What::Stopped | What::MigratedAway) {
-            self.tracker.look();
+            self.tracker.look_for_processes();
         }
     }
 

@@ -23,6 +23,8 @@ use crate::record::Record;
 
 /// Bytes that may wait for the reader of the stream.
 const QUEUE_BYTES: usize = 8 << 20;
+/// So many bytes are handed over without waiting for more: what a pipe holds.
+const BATCH_BYTES: usize = 64 << 10;
 
 /// Why the stream cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +73,8 @@ pub struct Ndjson {
     lines: Option<mpsc::Sender<Vec<u8>>>,
     used: mpsc::Receiver<Vec<u8>>,
     queued: Arc<AtomicUsize>,
+    /// Lines that are not handed over yet, and their number.
+    pending: (Vec<u8>, u64),
     ended: oneshot::Receiver<io::Result<()>>,
     written: BTreeMap<&'static str, u64>,
     dropped: u64,
@@ -104,25 +108,39 @@ impl Ndjson {
             let result = write_lines(output, &incoming, &give_back, &left);
             let _ = end.send(result);
         });
-        Self { to, lines: Some(lines), used, queued, ended, written: BTreeMap::new(), dropped: 0 }
+        let pending = (Vec::new(), 0);
+        Self { to, lines: Some(lines), used, queued, pending, ended, written: BTreeMap::new(), dropped: 0 }
     }
 
-    /// Queues one line, or drops and counts it if the reader is too far behind.
+    /// Queues one line, or drops and counts it if the reader is too far behind. It is on its way after
+    /// [`Ndjson::flush`] at the latest: waking the writer for each of many lines costs more than writing them.
     pub fn write(&mut self, record: &Record<'_>) {
         let limit = if matches!(record, Record::Sample(_)) { QUEUE_BYTES } else { 2 * QUEUE_BYTES };
-        if self.queued.load(Ordering::Relaxed) >= limit {
+        let (text, lines) = &mut self.pending;
+        if self.queued.load(Ordering::Relaxed) + text.len() >= limit {
             self.dropped += 1;
             return;
         }
-        let mut line = self.used.try_recv().unwrap_or_default();
-        line.clear();
-        record.write_line(&mut line);
-        self.queued.fetch_add(line.len(), Ordering::Relaxed);
-        let sent = self.lines.as_ref().is_some_and(|lines| lines.send(line).is_ok());
-        if sent {
-            *self.written.entry(record.name()).or_default() += 1;
-        } else {
-            self.dropped += 1;
+        record.write_line(text);
+        *lines += 1;
+        *self.written.entry(record.name()).or_default() += 1;
+        if text.len() >= BATCH_BYTES {
+            self.flush();
+        }
+    }
+
+    /// Hands over what was written so far.
+    pub fn flush(&mut self) {
+        if self.pending.1 == 0 {
+            return;
+        }
+        let mut next = self.used.try_recv().unwrap_or_default();
+        next.clear();
+        let (text, lines) = std::mem::replace(&mut self.pending, (next, 0));
+        self.queued.fetch_add(text.len(), Ordering::Relaxed);
+        // It fails once writing has ended, and `ended` says why.
+        if self.lines.as_ref().is_none_or(|queue| queue.send(text).is_err()) {
+            self.dropped += lines;
         }
     }
 
@@ -153,6 +171,7 @@ impl Ndjson {
     /// # Errors
     /// If writing failed, or the reader does not take the rest within `patience`.
     pub async fn finish(mut self, patience: Duration) -> Result<(), SinkError> {
+        self.flush();
         self.lines = None;
         match tokio::time::timeout(patience, self.ended()).await {
             Ok(SinkEnd::Failed(error)) => Err(error),
@@ -168,25 +187,14 @@ fn write_lines(
     give_back: &mpsc::Sender<Vec<u8>>,
     queued: &AtomicUsize,
 ) -> io::Result<()> {
-    let mut batch = Vec::new();
-    while let Ok(line) = lines.recv() {
-        batch.clear();
-        take(&mut batch, line, give_back);
-        while batch.len() < 1 << 16
-            && let Ok(line) = lines.try_recv()
-        {
-            take(&mut batch, line, give_back);
-        }
+    while let Ok(batch) = lines.recv() {
         output.write_all(&batch)?;
         output.flush()?;
         queued.fetch_sub(batch.len(), Ordering::Relaxed);
+        // Nobody writes any more: then it is not needed.
+        let _ = give_back.send(batch);
     }
     Ok(())
-}
-
-fn take(batch: &mut Vec<u8>, line: Vec<u8>, give_back: &mpsc::Sender<Vec<u8>>) {
-    batch.extend_from_slice(&line);
-    let _ = give_back.send(line);
 }
 
 #[cfg(test)]
@@ -253,9 +261,11 @@ mod tests {
     async fn a_closed_pipe_is_success_and_a_full_disk_is_not() {
         let mut pipe = Ndjson::start("x".into(), Failing(io::ErrorKind::BrokenPipe));
         pipe.write(&event(""));
+        pipe.flush();
         assert!(matches!(pipe.ended().await, SinkEnd::ReaderLeft));
         let mut disk = Ndjson::start("x".into(), Failing(io::ErrorKind::StorageFull));
         disk.write(&event(""));
+        disk.flush();
         assert!(matches!(disk.ended().await, SinkEnd::Failed(SinkError::Write { .. })));
     }
 

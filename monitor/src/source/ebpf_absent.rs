@@ -306,6 +306,24 @@ impl Ebpf {
 
     /// None exists.
     #[must_use]
+    pub fn is_at_rest(&mut self, _: &NicSlot, _: crate::units::MonotonicNs) -> bool {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn tells_of_processes(&self) -> bool {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
+    pub fn has_times_and_traffic(&self) -> bool {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
     pub fn take_bursts(&mut self, _: &NicSlot, _: crate::units::MonotonicNs) -> [Bursts; 2] {
         match *self {}
     }

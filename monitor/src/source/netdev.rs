@@ -208,7 +208,8 @@ fn enter<T: Send>(
     std::thread::scope(|scope| {
         let inside = scope.spawn(|| {
             let kind = Some(LinkNameSpaceType::Network);
-            rustix::thread::move_into_link_name_space(namespace.as_fd(), kind).ok()?;
+            let enter = || rustix::thread::move_into_link_name_space(namespace.as_fd(), kind);
+            enter().ok()?;
             ask(&socket().ok()?)
         });
         inside.join().ok()?
@@ -288,13 +289,6 @@ pub enum HeldTap {
     Macvtap(u32),
 }
 
-/// Number of files a process has open, to see cheaply whether that changed; `None` before Linux 6.2.
-#[must_use]
-pub fn open_files(root: &Path, process: QemuProcess) -> Option<u64> {
-    let size = std::fs::metadata(root.join(process.tgid.to_string()).join("fd")).ok()?.size();
-    (size > 0).then_some(size)
-}
-
 /// The taps that a process holds open, each once, in the order of their files.
 #[must_use]
 pub fn held_taps(root: &Path, process: QemuProcess) -> Vec<HeldTap> {
@@ -370,7 +364,7 @@ pub struct Direction {
 pub struct CounterTable {
     netns: u32,
     path: PathBuf,
-    /// Open where no path leads to it.
+    /// Open once it was read, or where no path leads to it.
     file: Option<File>,
     text: Vec<u8>,
     lines: Vec<(std::ops::Range<usize>, DeviceCounters)>,
@@ -405,10 +399,7 @@ impl CounterTable {
         self.lines.clear();
         self.text.clear();
         let begin = MonotonicNs::now();
-        let read = match &mut self.file {
-            Some(file) => file.rewind().and_then(|()| file.read_to_end(&mut self.text)),
-            None => File::open(&self.path).and_then(|mut file| file.read_to_end(&mut self.text)),
-        };
+        let read = self.read_text();
         let end = MonotonicNs::now();
         read.map_err(|source| ProcfsError::Read { path: self.path.clone(), source })?;
         if !parse_table(&self.text, &mut self.lines) {
@@ -417,6 +408,24 @@ impl CounterTable {
         }
         self.window = Some(Window { begin, end });
         Ok(())
+    }
+
+    fn read_text(&mut self) -> io::Result<()> {
+        let file = match &mut self.file {
+            Some(file) => {
+                file.rewind()?;
+                file
+            }
+            none => none.insert(File::open(&self.path)?),
+        };
+        // The kernel gives a page at most each time.
+        let mut part = [0; 8192];
+        loop {
+            match file.read(&mut part)? {
+                0 => return Ok(()),
+                n => self.text.extend_from_slice(&part[..n]),
+            }
+        }
     }
 
     /// When it was read; `None` if that failed.
@@ -450,12 +459,9 @@ fn parse_table(text: &[u8], lines: &mut Vec<(std::ops::Range<usize>, DeviceCount
         // A name may hold a colon; the counters never do.
         let Some(colon) = line.iter().rposition(|b| *b == b':') else { return false };
         let blanks = line.iter().take_while(|b| **b == b' ').count();
-        let mut numbers = line[colon + 1..]
-            .split(u8::is_ascii_whitespace)
-            .filter(|word| !word.is_empty())
-            .map(|word| std::str::from_utf8(word).ok()?.parse::<u64>().ok());
+        let mut rest = &line[colon + 1..];
         let mut direction = || {
-            let mut next = || numbers.next().flatten();
+            let mut next = || take_number(&mut rest);
             let found = Direction { bytes: next()?, packets: next()?, errors: next()?, dropped: next()? };
             for _ in 0..4 {
                 next()?;
@@ -466,6 +472,18 @@ fn parse_table(text: &[u8], lines: &mut Vec<(std::ops::Range<usize>, DeviceCount
         lines.push((begin + blanks..begin + colon.max(blanks), DeviceCounters { rx, tx }));
     }
     true
+}
+
+/// Takes the next decimal number off the text; `None` if there is something else.
+fn take_number(text: &mut &[u8]) -> Option<u64> {
+    let blanks = text.iter().take_while(|b| **b == b' ').count();
+    let digits = text[blanks..].iter().take_while(|b| b.is_ascii_digit()).count();
+    let (word, rest) = text[blanks..].split_at(digits);
+    if word.is_empty() || rest.first().is_some_and(|b| !b.is_ascii_whitespace()) {
+        return None;
+    }
+    *text = rest;
+    word.iter().try_fold(0_u64, |sum, digit| sum.checked_mul(10)?.checked_add(u64::from(digit - b'0')))
 }
 
 #[cfg(test)]
@@ -504,8 +522,16 @@ vnet0:1:18446744073709551615 2 0 9 0 0 0 0 50 6 0 8 0 0 0 0
 
     #[test]
     fn no_text_makes_it_panic() {
-        let bad =
-            ["", "\n", "a\nb\n:\n", "a\nb\nlo: 1 2 3\n", "a\nb\n    :1\n", "a\nb\nlo: x", "a\nb\n     "];
+        let bad = [
+            "",
+            "\n",
+            "a\nb\n:\n",
+            "a\nb\nlo: 1 2 3\n",
+            "a\nb\n    :1\n",
+            "a\nb\nlo: x",
+            "a\nb\n     ",
+            "a\nb\nlo: 99999999999999999999 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1",
+        ];
         for text in bad {
             let parsed = table(text).map(|table| table.lines.len());
             assert!(matches!(parsed, None | Some(0)), "{text:?}");

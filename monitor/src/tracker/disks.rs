@@ -17,7 +17,7 @@ use crate::{
             NotWatched, Opened, Plan, READ, WRITE,
         },
         procfs::{
-            ProcfsError,
+            OpenFiles, ProcfsError,
             images::{ImageId, ImageSigns, OpenImage, file_system, open_images},
         },
     },
@@ -55,6 +55,8 @@ struct Total {
     earlier: Box<(Figures, Histograms)>,
     /// Its latencies as of the last sample that had them.
     histograms: Option<Box<Histograms>>,
+    /// Requests that had ended by then and by the last reading: with no more of them there are no more latencies.
+    ended: [Ended; 2],
     /// Why an image of it is not watched.
     blind: Option<String>,
     lost: u64,
@@ -68,6 +70,9 @@ struct Figures {
     below: Image,
 }
 
+/// Requests that ended, by operation: of the images, and of the host's device below.
+type Ended = [[u64; 3]; 2];
+
 /// The sum of several images' latencies.
 #[derive(Clone, Copy, Debug)]
 struct Histograms {
@@ -77,6 +82,16 @@ struct Histograms {
 
 impl Figures {
     const ZERO: Self = Self { image: Image::ZERO, below: Image::ZERO };
+
+    fn ended(&self) -> Ended {
+        let ended = |image: &Image| {
+            [READ, WRITE, FLUSH].map(|o| {
+                let operation = image.operations[o as usize];
+                operation.done + operation.failed
+            })
+        };
+        [ended(&self.image), ended(&self.below)]
+    }
 
     fn add(&mut self, counted: &Counted, plan: Plan) {
         add(&mut self.image, &counted.image);
@@ -106,6 +121,7 @@ impl Histograms {
 pub(super) struct Place<'a> {
     pub(super) root: &'a Path,
     pub(super) process: QemuProcess,
+    pub(super) files: &'a OpenFiles,
     pub(super) disks: &'a [inventory::Disk],
 }
 
@@ -133,18 +149,15 @@ impl Disks {
             !signs.are_complete() && self.looked.is_none_or(|at| now.since(at) >= FULL_LOOK_NS)
         };
         if let Some(signs) = &self.signs
-            && signs.again(at.root, at.process) == *signs
+            && signs.are_as_before(at.files)
             && !due(signs)
         {
             return Ok(Vec::new());
         }
         let open = open_images(at.root, at.process)?;
         self.looked = Some(now);
-        self.signs = Some(ImageSigns::of(
-            at.root,
-            at.process,
-            open.iter().filter_map(|image| image.fds.first().copied()),
-        ));
+        let images = open.iter().filter_map(|image| image.fds.first().copied());
+        self.signs = Some(ImageSigns::of(at.files, images));
         let wanted: Vec<(usize, &OpenImage, Plan)> = open
             .iter()
             .filter_map(|image| {
@@ -232,6 +245,7 @@ impl Disks {
                 target: target.to_owned(),
                 earlier: Box::new((Figures::ZERO, Histograms::ZERO)),
                 histograms: None,
+                ended: Default::default(),
                 blind: None,
                 lost: 0,
             });
@@ -256,6 +270,7 @@ impl Disks {
                 sum.add(&counted, watched.slot.plan());
             }
         }
+        total.ended[1] = sum.ended();
         put_image(values, &sum.image, seen);
         if seen.below.is_ok() {
             put_below(values, &sum.below);
@@ -272,32 +287,38 @@ impl Disks {
         let Some(seen) = self.seen(target) else { return };
         let images = self.images.iter().filter(|watched| watched.target == target);
         let Some(total) = self.totals.iter_mut().find(|total| total.target == target) else { return };
-        let mut now = Box::new(total.earlier.1);
-        for watched in images {
-            if let Some(latencies) = ebpf.latencies(&watched.slot) {
-                now.add(&latencies, watched.slot.plan());
+        let mut new: [[Vec<[u64; 3]>; 3]; 2] = Default::default();
+        if total.ended[0] != total.ended[1] {
+            total.ended[0] = total.ended[1];
+            let mut now = Box::new(total.earlier.1);
+            for watched in images {
+                if let Some(latencies) = ebpf.latencies(&watched.slot) {
+                    now.add(&latencies, watched.slot.plan());
+                }
             }
+            let before = total.histograms.get_or_insert_with(|| Box::new(Histograms::ZERO));
+            let since = |before: &ImageHistograms, now: &ImageHistograms| {
+                [READ, WRITE, FLUSH].map(|operation| {
+                    let at = operation as usize;
+                    new_in_histogram(&before.operations[at], &now.operations[at])
+                })
+            };
+            new = [since(&before.image, &now.image), since(&before.below, &now.below)];
+            total.histograms = Some(now);
         }
-        let before = total.histograms.get_or_insert_with(|| Box::new(Histograms::ZERO));
-        let new = |before: &ImageHistograms, now: &ImageHistograms, operation: u32| {
-            let at = operation as usize;
-            Some(new_in_histogram(&before.operations[at], &now.operations[at]))
-        };
+        let [[read, write, flush], [device_read, device_write, _]] = new;
         if seen.data {
-            detail.rd_hist = new(&before.image, &now.image, READ);
-            detail.wr_hist = new(&before.image, &now.image, WRITE);
+            (detail.rd_hist, detail.wr_hist) = (Some(read), Some(write));
         }
         if seen.flush {
-            detail.fl_hist = new(&before.image, &now.image, FLUSH);
+            detail.fl_hist = Some(flush);
         }
         match seen.below {
             Ok(()) => {
-                detail.device_rd_hist = new(&before.below, &now.below, READ);
-                detail.device_wr_hist = new(&before.below, &now.below, WRITE);
+                (detail.device_rd_hist, detail.device_wr_hist) = (Some(device_read), Some(device_write))
             }
             Err(reason) => detail.device_reason = Some(reason),
         }
-        total.histograms = Some(now);
     }
 
     /// `None` if the disk has no image that is watched, or one that cannot be: a part of its figures is none.

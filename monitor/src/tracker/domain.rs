@@ -23,7 +23,7 @@ use crate::{
             Duty,
             stats::{BalloonStats, BlockStats, DomainStats, InterfaceStats, VcpuState, VcpuStats},
         },
-        procfs::{self, Drive, ProcessReader, ProcfsError, ThreadReader},
+        procfs::{self, Drive, OpenFiles, ProcessReader, ProcfsError, ThreadReader},
     },
     split::{Figures, Split},
     units::{Bytes, Count, MonotonicNs, Nanos, SourceKind, VcpuIndex, Window},
@@ -56,7 +56,9 @@ pub struct Tracked {
     pub(super) nics: Vec<Nic>,
     /// What watched interfaces that are gone; to be given back.
     pub(super) unwatched: Vec<NicSlot>,
-    /// Number of files its process had open at the last look for taps.
+    /// The files its process has open.
+    pub(super) open: Option<OpenFiles>,
+    /// How many there were at the last look for taps.
     pub(super) open_files: Option<u64>,
     /// Thread ids at the last look, to see cheaply whether anything came or went.
     pub(super) task_ids: Vec<u32>,
@@ -108,6 +110,8 @@ pub(super) struct Thread {
     run: [u64; SourceKind::COUNT],
     /// As of the last sample that had them.
     histograms: Option<Box<Histograms>>,
+    /// Its times as of then: a thread that neither ran nor waited since has nothing new in them.
+    told: Option<ThreadTimes>,
 }
 
 impl Tracked {
@@ -131,6 +135,7 @@ impl Tracked {
             ended_run: [0; SourceKind::COUNT],
             nics,
             unwatched: Vec::new(),
+            open: None,
             open_files: None,
             task_ids: Vec::new(),
             followed_since: None,
@@ -203,7 +208,7 @@ impl Tracked {
         (self.pss, self.pss_due) = (None, None);
         self.domain.process = None;
         self.domain.id = None; // Of the run that is over: libvirt's word on the next one is no further restart.
-        self.files = None;
+        (self.files, self.open, self.open_files) = (None, None, None);
         self.task_ids.clear();
         self.followed_since = None;
         self.epoch += 1;
@@ -294,8 +299,7 @@ impl Tracked {
                 detail.exits = thread.slot.as_ref().and_then(|slot| ebpf.exit_reasons(slot));
             }
             if with_histograms {
-                thread.put_histograms(ebpf, detail);
-                thread.put_culprits(ebpf, names, detail);
+                thread.put_distributions(ebpf, names, (times, detail));
             }
         }
         if !self.threads.is_empty() {
@@ -545,6 +549,26 @@ impl Tracked {
 }
 
 impl Thread {
+    /// Puts how long its runs and waits were, and who had the CPU meanwhile.
+    fn put_distributions(
+        &mut self,
+        ebpf: &Ebpf,
+        names: &Names,
+        (now, detail): (Option<ThreadTimes>, &mut VcpuDetail),
+    ) {
+        let slept = |(told, now): (ThreadTimes, ThreadTimes)| {
+            told.run_ns == now.run_ns && told.wait_ns == now.wait_ns
+        };
+        if self.histograms.is_some() && self.told.zip(now).is_some_and(slept) {
+            (detail.wait_hist, detail.run_hist) = (Some(Vec::new()), Some(Vec::new()));
+            detail.preempted_by = Some(Vec::new());
+            return;
+        }
+        self.told = now;
+        self.put_histograms(ebpf, detail);
+        self.put_culprits(ebpf, names, detail);
+    }
+
     fn put_histograms(&mut self, ebpf: &Ebpf, detail: &mut VcpuDetail) {
         let Some(now) = self.slot.as_ref().and_then(|slot| ebpf.histograms(slot)) else { return };
         let before = self.histograms.get_or_insert_with(|| Box::new(Histograms::ZERO));

@@ -13,6 +13,7 @@ mod nics;
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
+    time::Duration,
 };
 
 pub use self::domain::Tracked;
@@ -24,18 +25,27 @@ use crate::{
         ebpf::{Ebpf, EbpfError, Happened, Keep, NotFollowed, probes::ProbeGroup},
         libvirt::{DomainEvent, LibvirtSample, What},
         netdev::{CounterTable, Devices},
-        procfs::{self, FoundQemu, ProcessReader, Processes, PssReader, ThreadReader, VhostThread},
+        procfs::{
+            self, FoundQemu, OpenFiles, ProcessReader, Processes, PssReader, ThreadReader, VhostThread,
+        },
     },
     units::{DomainUuid, MonotonicNs, SourceKind, Tid, VcpuIndex},
 };
 
+/// Beside the kernel programs, `/proc` is read no more often than this: the times of a process advance by 10 ms there, those
+/// of a running thread with the scheduler's tick.
+const LEAST_PROCFS_NS: u64 = 100_000_000;
+/// A tick may come a little early.
+const PROCFS_SLACK_NS: u64 = LEAST_PROCFS_NS / 10;
+/// A process that began so lately is looked at closely: its threads and devices come one after the other.
+const YOUNG: Duration = Duration::from_secs(10);
 /// Time between readings of what is dear to read in `/proc`, beside eBPF and without it.
 const SLOW_BESIDE_EBPF_NS: u64 = 10_000_000_000;
 const SLOW_NS: u64 = 1_000_000_000;
 /// Time between readings of the memory that a process shares, at least.
 const PSS_NS: u64 = 60_000_000_000;
-/// And so many times as long as one takes.
-const PSS_SHARE: u64 = 1000;
+/// After each a pause so many times as long as it took: all of them together take no larger share of a CPU.
+const PSS_SHARE: u64 = 500;
 
 /// Something the reader of the stream has to be told.
 #[derive(Clone, Debug)]
@@ -116,6 +126,7 @@ pub struct Tracker {
     root: PathBuf,
     wanted: Wanted,
     processes: Processes,
+    listings: u64,
     rounds: u64,
     ebpf: Option<Ebpf>,
     domains: Vec<Tracked>,
@@ -135,11 +146,28 @@ pub struct Tracker {
     ebpf_failed: bool,
     /// Started when there is something to read; absent again if that failed.
     pss: Option<PssReader>,
+    /// Not to be asked before.
+    pss_after: MonotonicNs,
+    /// When `/proc` was read last.
+    procfs_read: Option<MonotonicNs>,
+    /// A file of a process says that it has ended.
+    end_seen: bool,
+    /// Devices came or went since `tables` were chosen.
+    tables_stale: bool,
     /// Whether this host runs the domains.
     place: Where,
     /// Processes that claim to be a domain that another one still runs, such as the destination of a migration within
     /// this host.
     rivals: Vec<FoundQemu>,
+}
+
+/// How closely to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// At everything.
+    Full,
+    /// At what nothing else tells of: neither the kernel programs, nor what was read meanwhile.
+    Brief,
 }
 
 /// Where the domains are.
@@ -169,6 +197,7 @@ impl Tracker {
             tables: Vec::new(),
             root,
             wanted,
+            listings: 0,
             rounds: 0,
             ebpf,
             domains: Vec::new(),
@@ -181,6 +210,10 @@ impl Tracker {
             full_reported: false,
             ebpf_failed: false,
             pss: None,
+            pss_after: MonotonicNs(0),
+            procfs_read: None,
+            end_seen: false,
+            tables_stale: true,
         }
     }
 
@@ -218,13 +251,35 @@ impl Tracker {
         std::mem::take(&mut self.notices)
     }
 
-    /// Looks for QEMU processes and vCPU threads that came or went.
+    /// Whether processes and threads that come or go are told by the kernel programs, so that [`Tracker::look_at_changes`]
+    /// and [`Tracker::look_briefly`] find them, and a full [`Tracker::look`] only what was missed.
+    #[must_use]
+    pub fn is_told(&self) -> bool {
+        !self.ebpf_failed && self.ebpf.as_ref().is_some_and(Ebpf::tells_of_processes)
+    }
+
+    /// Looks for QEMU processes, vCPU threads and devices that came or went.
     pub fn look(&mut self) {
+        self.look_for_processes();
+        self.look_at_domains(Depth::Full);
+    }
+
+    /// Looks for what came or went of which the kernel programs do not tell.
+    pub fn look_briefly(&mut self) {
+        if self.end_seen {
+            self.look_for_processes();
+        }
+        self.look_at_domains(Depth::Brief);
+    }
+
+    /// Looks for QEMU processes that came or went.
+    pub fn look_for_processes(&mut self) {
         if self.place == Where::Elsewhere {
             return;
         }
-        self.rounds += 1;
-        match self.processes.look(self.rounds) {
+        self.end_seen = false;
+        self.listings += 1;
+        match self.processes.look(self.listings) {
             Ok(changes) => {
                 changes.ended.iter().for_each(|p| self.process_ended(*p));
                 changes.started.into_iter().for_each(|found| self.process_found(found));
@@ -232,11 +287,26 @@ impl Tracker {
             }
             Err(error) => self.count(SourceKind::Procfs).failed(&error),
         }
+        self.seed();
+    }
+
+    fn look_at_domains(&mut self, depth: Depth) {
+        if self.place == Where::Elsewhere {
+            return;
+        }
+        self.rounds += 1;
+        let grown_up = procfs::start_time_of(YOUNG);
         for i in 0..self.domains.len() {
-            self.look_at_threads(i);
-            self.look_at_interfaces(i);
+            let is_young = |process: QemuProcess| process.start_time_ticks > grown_up;
+            let depth =
+                if self.domains[i].domain.process.is_some_and(is_young) { Depth::Full } else { depth };
+            if depth == Depth::Full {
+                self.look_at_threads(i);
+            }
+            self.look_at_interfaces(i, depth);
             self.look_at_disks(i);
         }
+        self.tables_stale = true; // A process that a table was read by may have ended.
         self.seed();
         match self.ebpf.as_mut().map_or(Ok(None), Ebpf::look) {
             Ok(None) => {}
@@ -272,6 +342,7 @@ impl Tracker {
             self.release(i, "another QEMU process runs this domain");
         }
         self.domains[i].domain.process = Some(found.process);
+        self.domains[i].open = OpenFiles::open(&self.root, found.process).ok();
         self.domains[i].drives = found.args.drives;
         let slot = self.ebpf.as_mut().and_then(|ebpf| ebpf.follow_process(found.process.tgid));
         self.domains[i].processes.extend(slot);
@@ -280,7 +351,7 @@ impl Tracker {
             Err(error) => self.count(SourceKind::Procfs).failed(&error),
         }
         self.look_at_threads(i);
-        self.look_at_interfaces(i);
+        self.look_at_interfaces(i, Depth::Full);
         self.look_at_disks(i);
         self.changed(i, "QEMU process found");
     }
@@ -313,7 +384,7 @@ impl Tracker {
         }
         let Some(i) = self.find(domain.uuid) else {
             self.add(domain, "listed by libvirt");
-            return self.look_at_interfaces(self.domains.len() - 1);
+            return self.look_at_interfaces(self.domains.len() - 1, Depth::Full);
         };
         if matches!((self.domains[i].domain.id, domain.id), (Some(a), Some(b)) if a != b) {
             self.release(i, "libvirt gave it a new id");
@@ -321,7 +392,7 @@ impl Tracker {
         if self.domains[i].describe(domain) {
             self.changed(i, "described by libvirt");
         }
-        self.look_at_interfaces(i);
+        self.look_at_interfaces(i, Depth::Full);
         self.look_at_disks(i);
     }
 
@@ -376,8 +447,8 @@ impl Tracker {
     fn look_at_disks(&mut self, i: usize) {
         let Some(ebpf) = &mut self.ebpf else { return };
         let tracked = &mut self.domains[i];
-        let Some(process) = tracked.domain.process else { return };
-        let place = disks::Place { root: &self.root, process, disks: &tracked.domain.disks };
+        let (Some(process), Some(files)) = (tracked.domain.process, &tracked.open) else { return };
+        let place = disks::Place { root: &self.root, process, files, disks: &tracked.domain.disks };
         match tracked.disks.look(ebpf, place) {
             Ok(notices) => {
                 for notice in notices {
@@ -569,8 +640,15 @@ impl Tracker {
         true
     }
 
-    /// Reads `/proc` of every domain.
+    /// Reads `/proc` of every domain, unless that was just done and the kernel programs tell more.
     pub fn read_procfs(&mut self) {
+        let now = MonotonicNs::now();
+        let is_fresh = |read: MonotonicNs| now.since(read) < LEAST_PROCFS_NS - PROCFS_SLACK_NS;
+        let is_second = !self.ebpf_failed && self.ebpf.as_ref().is_some_and(Ebpf::has_times_and_traffic);
+        if is_second && self.procfs_read.is_some_and(is_fresh) {
+            return;
+        }
+        self.procfs_read = Some(now);
         let every_ns = if self.ebpf.is_some() { SLOW_BESIDE_EBPF_NS } else { SLOW_NS };
         for tracked in &mut self.domains {
             let results = [
@@ -581,7 +659,10 @@ impl Tracker {
             for result in results.into_iter().flatten() {
                 match result {
                     Ok(()) => count.reads += 1,
-                    Err(error) if error.is_gone() => count.lost += 1,
+                    Err(error) if error.is_gone() => {
+                        count.lost += 1;
+                        self.end_seen = true;
+                    }
                     Err(error) => count.failed(&error),
                 }
             }
@@ -595,28 +676,25 @@ impl Tracker {
         let now = MonotonicNs::now();
         if let Some(answer) = self.pss.as_mut().and_then(PssReader::answer) {
             let of = self.domains.iter_mut().find(|tracked| tracked.domain.process == Some(answer.process));
+            self.pss_after = MonotonicNs(now.0.saturating_add(answer.took_ns.saturating_mul(PSS_SHARE)));
             match answer.bytes {
                 Err(error) if error.is_gone() => {}
                 Err(error) => self.counts[SourceKind::Procfs as usize].failed(&error),
                 Ok(bytes) => {
                     if let Some(tracked) = of {
                         tracked.pss = Some(bytes);
-                        let pause = PSS_NS.max(answer.took_ns.saturating_mul(PSS_SHARE));
-                        tracked.pss_due = Some(MonotonicNs(now.0.saturating_add(pause)));
                     }
                 }
             }
         }
-        if self.pss.as_ref().is_some_and(PssReader::is_busy) {
+        if now < self.pss_after || self.pss.as_ref().is_some_and(PssReader::is_busy) {
             return;
         }
+        // The one that waits longest.
         let is_due = |tracked: &&mut Tracked| tracked.pss_due.is_none_or(|due| due <= now);
-        let mut waiting = self.domains.iter_mut().filter(is_due);
-        let Some((tracked, process)) = waiting.find_map(|t| t.domain.process.map(|process| (t, process)))
-        else {
-            return;
-        };
-        // Not again at once if it fails.
+        let waiting = self.domains.iter_mut().filter(is_due);
+        let with_process = waiting.filter_map(|t| t.domain.process.map(|process| (t, process)));
+        let Some((tracked, process)) = with_process.min_by_key(|(t, _)| t.pss_due) else { return };
         tracked.pss_due = Some(MonotonicNs(now.0.saturating_add(PSS_NS)));
         if self.pss.is_none() {
             self.pss = PssReader::start(self.root.clone()).ok();
@@ -626,13 +704,12 @@ impl Tracker {
         }
     }
 
-    /// Looks at what the kernel programs say has changed. True if a process began.
+    /// Looks at what the kernel programs say has changed. True if a process began or ended, which takes it some time.
     pub fn look_at_changes(&mut self) -> bool {
         let happened = self.ebpf.as_mut().map(Ebpf::happened).unwrap_or_default();
-        let began = happened.iter().any(|what| matches!(what, Happened::Began(_)));
-        if began || happened.iter().any(|what| matches!(what, Happened::Ended(_))) {
-            self.look();
-            return began;
+        let processes = happened.iter().any(|what| matches!(what, Happened::Began(_) | Happened::Ended(_)));
+        if processes {
+            self.look_for_processes();
         }
         for i in 0..self.domains.len() {
             let process = self.domains[i].domain.process.map(|process| process.tgid);
@@ -643,7 +720,7 @@ impl Tracker {
             }
         }
         self.seed();
-        false
+        processes
     }
 
     fn seed(&mut self) {

@@ -2,7 +2,7 @@
 //!
 //! rx and tx are the guest's. Who receives what the host sends through a device is decided by what the device is.
 
-use super::{Tracked, Tracker, Where};
+use super::{Depth, Tracked, Tracker, Where};
 use crate::{
     inventory::{FoundBy, Interface, Observable, QemuProcess},
     ledger::new_in_buckets,
@@ -12,7 +12,7 @@ use crate::{
     source::{
         ebpf::{Bursts, DeviceTraffic, DropPlace, Ebpf, NicSlot, NotFollowed, Passed, WINDOW_BUCKETS},
         netdev::{self, CounterTable, Device, DeviceCounters, DeviceKind, Direction, HeldTap},
-        procfs::ProcfsError,
+        procfs::{OpenFiles, ProcfsError},
     },
     units::{Bytes, Count, MonotonicNs, SourceKind, Window},
 };
@@ -35,9 +35,43 @@ pub(super) struct Nic {
     line: usize,
     /// Packets sent into the device by our count, less those read out of it by the kernel's, at the least.
     empty_at: Option<i64>,
-    /// Histograms as of the last sample that had them.
-    histograms: Option<[Box<[u32; WINDOW_BUCKETS]>; 2]>,
+    windows: Windows,
     told_of_direction: bool,
+}
+
+/// What was taken of the windows of an interface.
+#[derive(Debug, Default)]
+struct Windows {
+    /// Histograms as of the last sample that had them.
+    told: Option<[Box<[u32; WINDOW_BUCKETS]>; 2]>,
+    /// More was taken since.
+    untold: bool,
+}
+
+impl Windows {
+    /// `None` if there is nothing new, which most interfaces of a host mostly have.
+    fn take(
+        &mut self,
+        ebpf: &mut Ebpf,
+        slot: &NicSlot,
+        (now, with_histograms): (MonotonicNs, bool),
+    ) -> Option<[Bursts; 2]> {
+        let at_rest = ebpf.is_at_rest(slot, now);
+        if at_rest && !(self.untold && with_histograms) {
+            return None;
+        }
+        self.untold = !with_histograms;
+        Some(ebpf.take_bursts(slot, now))
+    }
+
+    /// The windows since the last call, by bytes.
+    fn histograms(&mut self, taken: Option<[Bursts; 2]>) -> [Vec<[u64; 3]>; 2] {
+        let Some(bursts) = taken else { return [Vec::new(), Vec::new()] };
+        let before = self.told.get_or_insert_with(|| [Bursts::none().closed, Bursts::none().closed]);
+        let new = [0, 1].map(|side| new_in_buckets(&before[side][..], &bursts[side].closed[..]));
+        *before = bursts.map(|b| b.closed);
+        new
+    }
 }
 
 /// Whether both mean the same interface. `/proc` does not tell the guest's address.
@@ -76,20 +110,15 @@ impl Tracked {
         let entities = self.sample.interfaces.iter_mut().zip(&mut self.sample.interface_details);
         for (nic, (values, detail)) in self.nics.iter_mut().zip(entities) {
             let (Some(slot), Some(device)) = (&nic.slot, nic.device) else { continue };
-            let bursts = ebpf.take_bursts(slot, now);
+            let bursts = nic.windows.take(ebpf, slot, (now, with_histograms));
             let Some(traffic) = ebpf.traffic(slot) else { continue };
             put_traffic(values, device.kind, traffic);
-            put_bursts(values, device.kind, &bursts);
+            put_bursts(values, device.kind, bursts.as_ref());
             put_drops(detail, ebpf, (device.kind, traffic));
             detail.queues = traffic.queues.iter().map(|queue| queue_detail(device.kind, queue)).collect();
             if with_histograms {
-                let before =
-                    nic.histograms.get_or_insert_with(|| [Bursts::none().closed, Bursts::none().closed]);
-                let new =
-                    [0, 1].map(|side| Some(new_in_buckets(&before[side][..], &bursts[side].closed[..])));
-                let [xmit, receive] = new;
+                let [xmit, receive] = nic.windows.histograms(bursts).map(Some);
                 (detail.rx_burst_hist, detail.tx_burst_hist) = guests_first(device.kind, xmit, receive);
-                *before = bursts.map(|b| b.closed);
             }
         }
     }
@@ -163,12 +192,12 @@ fn put_traffic(values: &mut Values, kind: DeviceKind, traffic: &DeviceTraffic) {
     }
 }
 
-fn put_bursts(values: &mut Values, kind: DeviceKind, [xmit, receive]: &[Bursts; 2]) {
-    let mut put = |bytes: Metric, packets: Metric, bursts: &Bursts| {
-        values.put(SourceKind::Ebpf, bytes, Bytes(bursts.most_bytes.unwrap_or(0)));
-        values.put(SourceKind::Ebpf, packets, Count(bursts.most_packets.unwrap_or(0)));
+fn put_bursts(values: &mut Values, kind: DeviceKind, bursts: Option<&[Bursts; 2]>) {
+    let mut put = |bytes: Metric, packets: Metric, bursts: Option<&Bursts>| {
+        values.put(SourceKind::Ebpf, bytes, Bytes(bursts.and_then(|b| b.most_bytes).unwrap_or(0)));
+        values.put(SourceKind::Ebpf, packets, Count(bursts.and_then(|b| b.most_packets).unwrap_or(0)));
     };
-    let (rx, tx) = guests_first(kind, xmit, receive);
+    let (rx, tx) = guests_first(kind, bursts.map(|[xmit, _]| xmit), bursts.map(|[_, receive]| receive));
     if kind != DeviceKind::Macvtap {
         put(Metric::InterfaceRxBurstBytes, Metric::InterfaceRxBurstPackets, rx);
     }
@@ -255,19 +284,20 @@ fn put_backlog(values: &mut Values, empty_at: &mut Option<i64>, (ebpf, slot): (&
 
 impl Tracker {
     /// Looks which devices the interfaces of a domain are now.
-    pub(super) fn look_at_interfaces(&mut self, i: usize) {
+    pub(super) fn look_at_interfaces(&mut self, i: usize, depth: Depth) {
         if self.place == Where::Elsewhere {
             return; // A device of that name here is another one.
         }
         self.look_for_files(i);
         for n in 0..self.domains[i].domain.interfaces.len() {
-            self.look_at_interface(i, n);
+            self.look_at_interface(i, n, depth);
         }
+        self.check_directions(i);
         let unwatched = std::mem::take(&mut self.domains[i].unwatched);
         self.unwatch(unwatched);
     }
 
-    fn look_at_interface(&mut self, i: usize, n: usize) {
+    fn look_at_interface(&mut self, i: usize, n: usize, depth: Depth) {
         let tracked = &self.domains[i];
         let (interface, nic, process) =
             (&tracked.domain.interfaces[n], &tracked.nics[n], tracked.domain.process);
@@ -279,7 +309,9 @@ impl Tracker {
             return;
         }
         if let Some(device) = nic.device {
-            if self.devices.is_foreign(device.key.netns) && !due {
+            // A device that goes takes its line in the table of counters with it, which makes it suspect.
+            let far = depth == Depth::Brief || self.devices.is_foreign(device.key.netns);
+            if far && !due {
                 return;
             }
             if let Some(name) = self.devices.name(process, device.key) {
@@ -307,6 +339,7 @@ impl Tracker {
         let interface = &mut tracked.domain.interfaces[n];
         let (name, queues) = (interface.device.clone(), interface.queues);
         self.unwatch(old.slot.into_iter().collect());
+        self.tables_stale = true;
         let slot = found.and_then(|device| self.watch(device, queues));
         let since_ns = slot.as_ref().map(|_| MonotonicNs::now().0);
         let tracked = &mut self.domains[i];
@@ -350,7 +383,7 @@ impl Tracker {
         else {
             return;
         };
-        let files = netdev::open_files(&self.root, process);
+        let files = tracked.open.as_ref().and_then(OpenFiles::count);
         if files.is_some() && files == tracked.open_files {
             return;
         }
@@ -404,10 +437,14 @@ impl Tracker {
 
     /// Reads the kernel's counters of all interfaces.
     pub(super) fn read_counters(&mut self) {
-        self.choose_tables();
+        if std::mem::take(&mut self.tables_stale) {
+            self.choose_tables();
+        }
         for table in &mut self.tables {
             let count = &mut self.counts[SourceKind::Procfs as usize];
-            match table.read() {
+            let read = table.read();
+            self.tables_stale |= read.is_err();
+            match read {
                 Ok(()) => count.reads += 1,
                 Err(error) if ProcfsError::is_gone(&error) => count.lost += 1,
                 Err(error) => count.failed(&error),
@@ -415,9 +452,6 @@ impl Tracker {
         }
         for tracked in &mut self.domains {
             tracked.put_counters(&self.tables, self.ebpf.as_ref());
-        }
-        for i in 0..self.domains.len() {
-            self.check_directions(i);
         }
     }
 
@@ -452,11 +486,13 @@ impl Tracker {
         let tracked = &mut self.domains[i];
         let mut swapped = Vec::new();
         for (nic, interface) in tracked.nics.iter_mut().zip(&tracked.domain.interfaces) {
-            let (Some(slot), Some(device)) = (&nic.slot, nic.device) else { continue };
+            let (Some(slot), Some(device), false) = (&nic.slot, nic.device, nic.told_of_direction) else {
+                continue;
+            };
             let Some(mac) = interface.mac.as_deref().and_then(parse_mac) else { continue };
             let [xmit, receive] = ebpf.sources(slot);
             let (rx, tx) = guests_first(device.kind, xmit, receive);
-            if !nic.told_of_direction && rx == Some(mac) && tx != Some(mac) {
+            if rx == Some(mac) && tx != Some(mac) {
                 nic.told_of_direction = true;
                 swapped.push(interface.device.clone());
             }

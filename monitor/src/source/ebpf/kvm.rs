@@ -107,6 +107,8 @@ pub(super) struct Kvm {
     exits: Mapped<VcpuExits>,
     tables: Mapped<ExitTable>,
     layout: Mapped<KvmLayout>,
+    /// How many there are.
+    places: usize,
     /// Places in use are below this.
     used: usize,
     /// As of the last read.
@@ -120,8 +122,10 @@ pub(super) struct Kvm {
 impl Kvm {
     /// Maps the maps; nothing is counted yet. `kernel`: the type information of the kernel.
     pub(super) fn new(object: &Object, kernel: &Btf) -> Result<Self, EbpfError> {
+        let exits: Mapped<VcpuExits> = map(object, "VCPU_EXITS")?;
         let this = Self {
-            exits: map(object, "VCPU_EXITS")?,
+            places: exits.len() as usize,
+            exits,
             tables: map(object, "EXIT_TABLES")?,
             layout: map(object, "KVM_LAYOUT")?,
             used: 0,
@@ -184,7 +188,7 @@ impl Kvm {
 
     /// The thread at this place is not followed any more.
     pub(super) fn forget(&mut self, place: usize) {
-        if place < places() as usize {
+        if place < self.places {
             self.exits.set(place, VcpuExits::ZERO);
             self.tables.set(place, ExitTable::ZERO);
         }
@@ -195,7 +199,7 @@ impl Kvm {
 
     /// Reads the figures of every place.
     pub(super) fn read(&mut self) {
-        let used = self.used.min(places() as usize);
+        let used = self.used.min(self.places);
         let mut heads = std::mem::take(&mut self.heads);
         heads.clear();
         heads.extend((0..used).map(|place| self.consistent(place, |_| ()).map(|(head, ())| head)));
@@ -239,7 +243,7 @@ impl Kvm {
 
     /// Exits of a thread by reason, as they are now; `mono_ns` is the time until which an exit in progress counts.
     pub(super) fn reasons(&self, place: usize, mono_ns: u64) -> Option<ExitReasons> {
-        if place >= self.used.min(places() as usize) {
+        if place >= self.used.min(self.places) {
             return None;
         }
         let (head, table) = self.consistent(place, |this| this.tables.get(place))?;

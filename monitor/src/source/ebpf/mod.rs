@@ -349,6 +349,21 @@ impl Ebpf {
         self.processes.as_mut().map(Processes::happened).unwrap_or_default()
     }
 
+    /// Whether [`Ebpf::happened`] tells of every process and thread of QEMU that comes or goes.
+    #[must_use]
+    pub fn tells_of_processes(&self) -> bool {
+        let began = |(probe, state): &(Probe, ProbeState)| {
+            probe.program == "process_began" && *state == ProbeState::Attached
+        };
+        self.processes.is_some() && self.states.iter().any(began)
+    }
+
+    /// Whether times of threads and processes, and counters of network devices, come from the kernel programs.
+    #[must_use]
+    pub fn has_times_and_traffic(&self) -> bool {
+        self.processes.is_some() && self.net.is_some()
+    }
+
     /// A descriptor that becomes readable when [`Ebpf::happened`] has something to tell; `None` if nothing ever does.
     #[must_use]
     pub fn changes(&self) -> Option<OwnedFd> {
@@ -493,6 +508,13 @@ impl Ebpf {
     #[must_use]
     pub fn sources(&self, slot: &NicSlot) -> [Option<[u8; 6]>; 2] {
         self.net.as_ref().map_or([None; 2], |net| net.sources(slot))
+    }
+
+    /// Whether nothing passed through a network device since its windows were taken last, as of the last [`Ebpf::read`]. Then
+    /// there is nothing new in them. To be asked before each time they are taken.
+    #[must_use]
+    pub fn is_at_rest(&mut self, slot: &NicSlot, now: MonotonicNs) -> bool {
+        self.net.as_mut().is_none_or(|net| net.is_at_rest(slot, now))
     }
 
     /// Windows of 1 ms of a network device, `xmit` and `receive`; the largest ones are those that ended since the last

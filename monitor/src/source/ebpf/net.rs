@@ -22,6 +22,8 @@ use crate::units::{MonotonicNs, NicKey};
 /// A window that nobody added to for so long is over: longer than the kernel's coarsest tick (10 ms), within which a CPU
 /// may add without looking at the clock.
 const LEFT_BEHIND_MS: u32 = 50;
+/// No packet for so long: every window is over and taken.
+const QUIET_NS: u64 = 2_000_000 * LEFT_BEHIND_MS as u64;
 /// More queues of one device are not told apart.
 const MOST_QUEUES: u32 = 256;
 const XMIT: usize = 0;
@@ -40,6 +42,12 @@ struct Watched {
     traffic: DeviceTraffic,
     /// Windows that user space closed.
     closed: [Box<[u32; WINDOW_BUCKETS]>; 2],
+    /// Packets in both directions when it was asked last whether it is at rest.
+    packets: u64,
+    /// When that number was first seen.
+    since: MonotonicNs,
+    /// It had been seen long enough ago for every window to be over when that was asked last.
+    at_rest: bool,
 }
 
 /// The maps of the network programs, and what is handed out of them.
@@ -121,7 +129,14 @@ impl Net {
         let bit = key.ifindex % NIC_FILTER_BITS;
         change_bit(self.filter.word((bit / 64) as usize), bit % 64, true);
         let nothing = || Box::new([0; WINDOW_BUCKETS]);
-        let watched = Watched { key, traffic: DeviceTraffic::default(), closed: [nothing(), nothing()] };
+        let watched = Watched {
+            key,
+            traffic: DeviceTraffic::default(),
+            closed: [nothing(), nothing()],
+            packets: 0,
+            since: MonotonicNs::now(),
+            at_rest: false,
+        };
         self.watched[place as usize] = Some(watched);
         Ok(NicSlot { place })
     }
@@ -198,6 +213,17 @@ impl Net {
     /// Name of a drop reason; its number where the kernel has none for it.
     pub(super) fn reason_name(&self, reason: u32) -> String {
         self.reasons.get(&reason).cloned().unwrap_or_else(|| format!("{reason:#x}"))
+    }
+
+    /// Whether nothing passed, as of the last [`Net::read`], since windows were taken last.
+    pub(super) fn is_at_rest(&mut self, slot: &NicSlot, now: MonotonicNs) -> bool {
+        let Some(watched) = self.watched[slot.place as usize].as_mut() else { return true };
+        let packets = watched.traffic.xmit.packets.wrapping_add(watched.traffic.receive.packets);
+        if packets != watched.packets {
+            (watched.packets, watched.since, watched.at_rest) = (packets, now, false);
+            return false;
+        }
+        std::mem::replace(&mut watched.at_rest, now.since(watched.since) > QUIET_NS)
     }
 
     /// The windows of both directions (xmit, receive); the largest ones are those that ended since the last call.

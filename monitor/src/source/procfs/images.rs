@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::ProcfsError;
+use super::{OpenFiles, ProcfsError};
 use crate::{
     inventory::QemuProcess,
     source::ebpf::{BLOCK_DEVICE, ImageKey},
@@ -157,7 +157,7 @@ fn mount_device(mounts: &str, mount: &str) -> Option<u32> {
 }
 
 /// Cheap signs that a process may have opened, closed or replaced an image since they were taken.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ImageSigns {
     /// How many descriptors are open (`st_size` of the directory, Linux 6.2; 0 before).
     descriptors: u64,
@@ -168,19 +168,18 @@ pub struct ImageSigns {
 impl ImageSigns {
     /// Takes them.
     #[must_use]
-    pub fn of(root: &Path, process: QemuProcess, images: impl Iterator<Item = u32>) -> Self {
-        let fds = root.join(process.tgid.to_string()).join("fd");
-        let link = |fd: u32| (fd, fs::read_link(fds.join(fd.to_string())).ok());
+    pub fn of(files: &OpenFiles, images: impl Iterator<Item = u32>) -> Self {
         Self {
-            descriptors: fs::metadata(&fds).map_or(0, |metadata| metadata.size()),
-            links: images.map(link).collect(),
+            descriptors: files.count().unwrap_or(0),
+            links: images.map(|fd| (fd, files.target(fd))).collect(),
         }
     }
 
-    /// Taken again later.
+    /// Whether they are the same now.
     #[must_use]
-    pub fn again(&self, root: &Path, process: QemuProcess) -> Self {
-        Self::of(root, process, self.links.iter().map(|(fd, _)| *fd))
+    pub fn are_as_before(&self, files: &OpenFiles) -> bool {
+        files.count().unwrap_or(0) == self.descriptors
+            && self.links.iter().all(|(fd, target)| files.target(*fd) == *target)
     }
 
     /// Whether the kernel counts descriptors; if not, a new image goes unnoticed.
@@ -216,9 +215,10 @@ mod tests {
         let image = find().unwrap();
         assert_eq!((image.writable, image.readable, image.direct, image.fds.len()), (true, true, false, 2));
         assert!(matches!(image.id, ImageId::File { inode, .. } if inode == read.metadata().unwrap().ino()));
-        let signs = ImageSigns::of(Path::new("/proc"), process, image.fds.iter().copied());
+        let files = OpenFiles::open(Path::new("/proc"), process).unwrap();
+        let signs = ImageSigns::of(&files, image.fds.iter().copied());
         drop(write);
-        assert_ne!(signs.again(Path::new("/proc"), process), signs);
+        assert!(!signs.are_as_before(&files));
         fs::remove_file(&path).unwrap();
         let image = find().unwrap();
         assert!(image.deleted && !image.writable);

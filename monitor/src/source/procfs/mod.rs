@@ -9,17 +9,23 @@ mod memory;
 
 use std::{
     collections::HashMap,
+    ffi::OsString,
     fs::File,
     io,
-    os::unix::fs::FileExt as _,
+    os::{
+        fd::OwnedFd,
+        unix::{ffi::OsStringExt as _, fs::FileExt as _},
+    },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use procfs::process::Process;
+use rustix::fs::{Mode, OFlags};
 
 use crate::{
     inventory::QemuProcess,
-    units::{Bytes, Count, Nanos, Tgid, Tid, VcpuIndex},
+    units::{Bytes, Count, Nanos, Tgid, Tid, VcpuIndex, duration_ns, nanoseconds},
 };
 
 pub use command_line::{Drive, QemuArgs, parse_command_line};
@@ -225,8 +231,16 @@ impl Processes {
 }
 
 fn start_time(root: &Path, pid: u32) -> Option<u64> {
-    let text = std::fs::read(root.join(pid.to_string()).join("stat")).ok()?;
-    stat_fields(&text)?.nth(19)?.parse().ok()
+    let file = OpenFile::open(root.join(pid.to_string()).join("stat")).ok()?;
+    file.parse(&mut [0; 1024], |text| stat_fields(text)?.nth(19)?.parse().ok()).ok()
+}
+
+/// [`QemuProcess::start_time_ticks`] of a process that began so long ago.
+#[must_use]
+pub fn start_time_of(age: Duration) -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let began_ns = nanoseconds(now.tv_sec, now.tv_nsec).saturating_sub(duration_ns(age));
+    began_ns / (1_000_000_000 / rustix::param::clock_ticks_per_second().max(1))
 }
 
 /// Whether a process still is the one it was.
@@ -295,7 +309,6 @@ pub struct ProcessStat {
 #[derive(Debug)]
 pub struct ProcessReader {
     stat: OpenFile,
-    statm: OpenFile,
     ns_per_tick: u64,
     page_size: u64,
 }
@@ -309,7 +322,6 @@ impl ProcessReader {
         let dir = root.join(process.tgid.to_string());
         Ok(Self {
             stat: OpenFile::open(dir.join("stat"))?,
-            statm: OpenFile::open(dir.join("statm"))?,
             ns_per_tick: 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1),
             page_size: u64::try_from(rustix::param::page_size()).unwrap_or(4096),
         })
@@ -320,16 +332,50 @@ impl ProcessReader {
     /// # Errors
     /// If the process is gone or a file is not as documented in proc(5).
     pub fn read(&self, buffer: &mut [u8]) -> Result<ProcessStat, ProcfsError> {
-        let (user, system) = self.stat.parse(buffer, |text| {
+        // `rss` is the second number of `statm` (`get_mm_rss()` in both `do_task_stat()` and `task_statm()`).
+        let (user, system, pages) = self.stat.parse(buffer, |text| {
             let mut fields = stat_fields(text)?.skip(11);
-            Some((fields.next()?.parse::<u64>().ok()?, fields.next()?.parse::<u64>().ok()?))
+            let mut number = |skip| fields.nth(skip)?.parse::<u64>().ok();
+            Some((number(0)?, number(0)?, number(8)?))
         })?;
-        let pages = self.statm.parse(buffer, |text| numbers(text)?.nth(1)?.parse::<u64>().ok())?;
         Ok(ProcessStat {
             user: Nanos(user * self.ns_per_tick),
             system: Nanos(system * self.ns_per_tick),
             rss: Bytes(pages * self.page_size),
         })
+    }
+}
+
+/// The directory with the descriptors of a process, held so that looking into it needs no way from the root.
+#[derive(Debug)]
+pub struct OpenFiles(OwnedFd);
+
+impl OpenFiles {
+    /// Opens the directory.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub fn open(root: &Path, process: QemuProcess) -> Result<Self, ProcfsError> {
+        let path = root.join(process.tgid.to_string()).join("fd");
+        match rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(directory) => Ok(Self(directory)),
+            Err(error) => Err(ProcfsError::Read { path, source: error.into() }),
+        }
+    }
+
+    /// How many there are, to see cheaply whether that changed; `None` before Linux 6.2 (`proc_fd_getattr()`), and of a
+    /// process that has ended.
+    #[must_use]
+    pub fn count(&self) -> Option<u64> {
+        let size = u64::try_from(rustix::fs::fstat(&self.0).ok()?.st_size).ok()?;
+        (size > 0).then_some(size)
+    }
+
+    /// What one of them leads to.
+    #[must_use]
+    pub fn target(&self, number: u32) -> Option<PathBuf> {
+        let target = rustix::fs::readlinkat(&self.0, number.to_string(), Vec::new()).ok()?;
+        Some(OsString::from_vec(target.into_bytes()).into())
     }
 }
 
@@ -472,6 +518,44 @@ mod tests {
         let text = b"42 (a) b) c) S 1 2 3 4 5 6 7 8 9 10 77 88 0";
         let mut fields = stat_fields(text).unwrap().skip(11);
         assert_eq!((fields.next(), fields.next()), (Some("77"), Some("88")));
+    }
+
+    #[test]
+    fn the_process_is_read_by_the_numbers_of_proc_5() {
+        let dir = tempdir::Dir::new();
+        dir.process(7, "", 100);
+        let before = "0 ".repeat(10);
+        let stat = format!("7 (q) S {before}3 4 {}17 5 6", "0 ".repeat(8));
+        std::fs::write(dir.path().join("7/stat"), stat).unwrap();
+        let process = QemuProcess { tgid: Tgid(7), start_time_ticks: 0 };
+        let reader = ProcessReader::open(dir.path(), process).unwrap();
+        let read = reader.read(&mut [0; 1024]).unwrap();
+        assert_eq!((read.user.0 / reader.ns_per_tick, read.system.0 / reader.ns_per_tick), (3, 4));
+        assert_eq!(read.rss.0 / reader.page_size, 17);
+    }
+
+    #[test]
+    fn what_begins_now_is_young_and_what_began_with_the_host_is_not() {
+        let ourselves = start_time(Path::new("/proc"), std::process::id()).unwrap();
+        assert!(ourselves >= start_time_of(Duration::from_secs(3600)));
+        assert!(ourselves <= start_time_of(Duration::ZERO));
+    }
+
+    #[test]
+    fn the_files_that_a_process_has_open_are_counted_and_named() {
+        let root = Path::new("/proc");
+        let ourselves = QemuProcess {
+            tgid: Tgid(std::process::id()),
+            start_time_ticks: start_time(root, std::process::id()).unwrap(),
+        };
+        let files = OpenFiles::open(root, ourselves).unwrap();
+        let path = std::env::temp_dir().join(format!("kvm-monitor-open-files-{}", std::process::id()));
+        let file = File::create(&path).unwrap();
+        let number = u32::try_from(std::os::fd::AsRawFd::as_raw_fd(&file)).unwrap();
+        let target = files.target(number);
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(target, Some(path));
+        assert!(files.count().is_none_or(|count| count > 3));
     }
 
     /// A made-up `/proc` with one process.
