@@ -624,6 +624,37 @@ fn an_ordinary_user_with_few_capabilities_gets_everything() {
     assert_eq!(failed.count(), failed_as_root, "every probe that root can attach");
 }
 
+/// What the start alone needed is given up, in every thread, and nothing that is started gets more.
+#[test]
+fn capabilities_that_are_not_needed_any_more_are_given_up() {
+    const KEPT: u64 = 1 << 2 | 1 << 19 | 1 << 38 | 1 << 39; // DAC_READ_SEARCH, SYS_PTRACE, PERFMON, BPF
+    const ASIDE: u64 = 1 << 12 | 1 << 21; // NET_ADMIN, SYS_ADMIN
+    let stage = stage();
+    for (ebpf, kept) in [("require", KEPT), ("off", KEPT & ((1 << 38) - 1))] {
+        let mut run = stage.run(&[&["--ebpf", ebpf], &QUICK[..]].concat());
+        run.wait("a sample with libvirt", |r| is_sample_of(r, UUID) && has_window(r, "libvirt"));
+        let pid = run.child.id();
+        let set = |status: &str, name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
+        };
+        let main = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert_eq!((set(&main, "CapEff"), set(&main, "CapPrm")), (kept, kept | ASIDE), "--ebpf {ebpf}");
+        assert!(main.lines().any(|line| line == "NoNewPrivs:\t1"), "{main}");
+        let mut without = 0;
+        for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+            // A thread may have ended meanwhile.
+            let Ok(status) = fs::read_to_string(task.unwrap().path().join("status")) else { continue };
+            assert_eq!(set(&status, "CapEff") & !kept, 0, "{status}");
+            assert_eq!(set(&status, "CapPrm") & !(kept | ASIDE), 0, "{status}");
+            assert_eq!((set(&status, "CapInh"), set(&status, "CapAmb")), (0, 0), "{status}");
+            without += usize::from(set(&status, "CapPrm") == 0);
+        }
+        assert_eq!(without, 1, "the thread that writes needs none");
+        run.stop();
+    }
+}
+
 /// A user's own libvirt, which the connection starts: everything works that the user's rights allow, and what does not is
 /// named.
 #[test]

@@ -23,6 +23,7 @@
 //! | [`recorded`] | feeds a recorded stream, or the one being made, to a comparison | any metric by name |
 //! | [`run`] | ticks, calls the above in order, stops cleanly | any metric by name |
 //! | [`footprint`] | keeps our own memory small | anything else |
+//! | [`privilege`] | gives up rights that are not needed any more | anything else |
 //! | [`place`] | says where the domains of a libvirt URI are | sources |
 //! | [`host`] | facts of this machine and the rules that follow | sources |
 //!
@@ -45,6 +46,7 @@ pub mod list;
 pub mod metric;
 pub mod model;
 pub mod place;
+pub mod privilege;
 pub mod reconcile;
 pub mod record;
 pub mod recorded;

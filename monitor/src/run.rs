@@ -16,6 +16,7 @@ use crate::{
     host::{self, Facts},
     inquiry::{Inquiry, News, Timing},
     place::elsewhere,
+    privilege::{self, Children, Programs},
     record::{
         ClockPair, Domain, DomainName, DomainRecord, Event, EventKind, Health, Host, ProbeInfo,
         ProgramHealth, Record, SCHEMA_VERSION, Sample, Session, SourceInfo, Summary, Tick, timestamp,
@@ -144,6 +145,7 @@ struct Runner {
 
 impl Runner {
     async fn start(config: Config, sink: Ndjson) -> Result<Self, RunError> {
+        privilege::raise_open_files();
         let elsewhere =
             (config.libvirt != Mode::Off).then(|| elsewhere(&config.uri, &host::hostname())).flatten();
         let ebpf = match (config.ebpf, &elsewhere) {
@@ -160,6 +162,10 @@ impl Runner {
         };
         if let (Some(ebpf), Some(_)) = (&ebpf, &config.probes) {
             required_probes(ebpf)?;
+        }
+        let programs = if ebpf.is_some() { Programs::Run } else { Programs::Off };
+        if let Err(error) = privilege::reduce(programs, Children::of(&config.uri)) {
+            tracing::warn!(%error, "capabilities that are not needed any more could not be given up");
         }
         let session_probes = probe_states(ebpf.as_ref(), ebpf_reason.as_deref());
         let wanted = Wanted::new(config.domains.clone());

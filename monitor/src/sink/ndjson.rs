@@ -19,7 +19,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use crate::record::Record;
+use crate::{privilege, record::Record};
 
 /// Bytes that may wait for the reader of the stream.
 const QUEUE_BYTES: usize = 8 << 20;
@@ -105,6 +105,8 @@ impl Ndjson {
         let queued = Arc::new(AtomicUsize::new(0));
         let left = Arc::clone(&queued);
         std::thread::spawn(move || {
+            // What it writes to is open; it goes on with more rights than it needs if this fails.
+            let _ = privilege::give_up();
             let result = write_lines(output, &incoming, &give_back, &left);
             let _ = end.send(result);
         });

@@ -26,6 +26,7 @@ use rustix::{
 use super::procfs::ProcfsError;
 use crate::{
     inventory::QemuProcess,
+    privilege::with_namespaces,
     units::{MonotonicNs, NicKey, Window},
 };
 
@@ -209,7 +210,7 @@ fn enter<T: Send>(
         let inside = scope.spawn(|| {
             let kind = Some(LinkNameSpaceType::Network);
             let enter = || rustix::thread::move_into_link_name_space(namespace.as_fd(), kind);
-            enter().ok()?;
+            with_namespaces(enter).ok()?;
             ask(&socket().ok()?)
         });
         inside.join().ok()?
@@ -224,7 +225,7 @@ fn namespace_of_tap(process: QemuProcess, number: RawFd) -> Option<OwnedFd> {
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
     let file = rustix::process::pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).ok()?;
     // SAFETY: the call takes no argument; if the file is none of the tun driver, it fails.
-    let opened = unsafe { libc::ioctl(file.as_raw_fd(), TUNGETDEVNETNS) };
+    let opened = with_namespaces(|| unsafe { libc::ioctl(file.as_raw_fd(), TUNGETDEVNETNS) });
     // SAFETY: just opened, and nobody else's.
     (opened >= 0).then(|| unsafe { OwnedFd::from_raw_fd(opened) })
 }
