@@ -51,3 +51,29 @@ impl Word {
         unsafe { atomic_cxchg::<u64, { Relaxed }, { Relaxed }>(self.0, old, new) }.0
     }
 }
+
+/// A 16-bit number that others read and replace at the same time, no reader or writer of which sees it half changed.
+#[derive(Clone, Copy)]
+pub(crate) struct Half(*mut u16);
+
+impl Half {
+    /// A number in a map.
+    #[inline(always)]
+    pub(crate) fn of(number: &u16) -> Self {
+        Self(core::ptr::from_ref(number).cast_mut())
+    }
+
+    /// Its value.
+    #[inline(always)]
+    pub(crate) fn load(self) -> u16 {
+        // SAFETY: made from a reference: aligned and readable.
+        unsafe { core::ptr::read_volatile(self.0) }
+    }
+
+    /// Replaces it.
+    #[inline(always)]
+    pub(crate) fn store(self, value: u16) {
+        // SAFETY: aligned, and in a map.
+        unsafe { core::ptr::write_volatile(self.0, value) }
+    }
+}

@@ -19,22 +19,20 @@ use aya_ebpf::{
     programs::BtfTracePointContext,
 };
 use monitor_ebpf::{
-    DROP_AFTER_DEVICE, DROP_BEFORE_DEVICE, DROP_IN_DEVICE, MAC_SAMPLE, NIC_FILTER_BITS, NIC_QUEUES,
-    NIC_TABLE_ENTRIES, NIC_TABLE_PROBES, NICS, NetLayout, Nic, NicCell, NicDrop, NicFilter, NicNotes,
+    DROP_AFTER_DEVICE, DROP_BEFORE_DEVICE, DROP_IN_DEVICE, LOOK, NIC_FILTER_BITS, NIC_QUEUES,
+    NIC_TABLE_ENTRIES, NIC_TABLE_PROBES, NICS, NetLayout, Nic, NicCell, NicDrop, NicEntry, NicNotes,
     NicQueue, NicSide, NicTable, NicWindows, OPEN_WINDOWS, WINDOW_MILLISECONDS, WINDOW_PACKET, Window,
     drop_key, nic_key, nic_start, window_bucket,
 };
 
 use crate::{
-    atomic::Word,
+    atomic::{Half, Word},
     kernel::{Address, load, offset, probe},
 };
 
 #[unsafe(no_mangle)]
 static NET_LAYOUT: NetLayout = NetLayout::ZERO;
 
-#[map(name = "NIC_FILTER")]
-static FILTER: Array<NicFilter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "NIC_TABLE")]
 static TABLE: Array<NicTable> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "NIC_LIST")]
@@ -76,7 +74,7 @@ const GSO_UDP: u32 = 1 << 16;
 pub(crate) fn net_dev_start_xmit(ctx: BtfTracePointContext) -> i32 {
     let dev: Address = ctx.arg(1);
     // SAFETY: an argument of a BTF tracepoint.
-    let Some(place) = (unsafe { watched(dev) }) else { return 0 };
+    let Some(entry) = (unsafe { watched(dev) }) else { return 0 };
     let Some(NicNotes { notes: [outer, inner], .. }) = notes() else { return 0 };
     let skb: Address = ctx.arg(0);
     let device = dev as u64;
@@ -85,14 +83,12 @@ pub(crate) fn net_dev_start_xmit(ctx: BtfTracePointContext) -> i32 {
     unsafe {
         let len: u32 = load(skb, offset(&NET_LAYOUT.skb_len));
         note.device = device;
-        note.place = place;
+        note.place = entry.place;
         note.wire = wire_packets(skb, len);
         note.queue = u32::from(load::<u16>(skb, offset(&NET_LAYOUT.skb_queue_mapping)));
         note.tag = if is_tagged(skb) { VLAN_TAG } else { 0 };
-        if let Some(cell) = cell(place)
-            && cell.xmit.packets % MAC_SAMPLE == 0
-        {
-            look_at_source(place, 0, skb);
+        if Half::of(&entry.look[0]).load() == LOOK {
+            look_at_source(entry, 0, skb);
         }
     }
     0
@@ -137,21 +133,22 @@ pub(crate) fn netif_receive_skb(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: an argument of a BTF tracepoint, and a device loaded through it.
     unsafe {
         let dev: Address = load(skb, offset(&NET_LAYOUT.skb_dev));
-        let Some(place) = watched(dev) else { return 0 };
-        let Some(cell) = cell(place) else { return 0 };
+        let Some(entry) = watched(dev) else { return 0 };
+        let Some(cell) = cell(entry.place) else { return 0 };
         let len: u32 = load::<u32>(skb, offset(&NET_LAYOUT.skb_len)) + ETHERNET_HEADER;
         let bytes = if is_tagged(skb) { len + VLAN_TAG } else { len };
-        let wire = wire_packets(skb, len);
-        if cell.receive.packets % MAC_SAMPLE == 0 {
-            look_at_source(place, 1, skb);
+        count(&mut cell.receive, bytes, wire_packets(skb, len));
+        count_window(&mut cell.receive, bytes, 2 * entry.place + 1);
+        if Half::of(&entry.look[1]).load() == LOOK {
+            look_at_source(entry, 1, skb);
         }
-        count(&mut cell.receive, bytes, wire);
-        count_window(&mut cell.receive, bytes, 2 * place + 1);
-        // `skb_record_rx_queue()` stores the number plus 1.
-        let number = u32::from(load::<u16>(skb, offset(&NET_LAYOUT.skb_queue_mapping))).wrapping_sub(1);
-        if let Some(queue) = queue(&cell.receive, number) {
-            Word::of(&queue.receive_packets).add(1);
-            Word::of(&queue.receive_bytes).add(u64::from(bytes));
+        if cell.receive.queues != 0 {
+            // `skb_record_rx_queue()` stores the number plus 1.
+            let number = u32::from(load::<u16>(skb, offset(&NET_LAYOUT.skb_queue_mapping))).wrapping_sub(1);
+            if let Some(queue) = queue(&cell.receive, number) {
+                Word::of(&queue.receive_packets).add(1);
+                Word::of(&queue.receive_bytes).add(u64::from(bytes));
+            }
         }
     }
     0
@@ -166,8 +163,8 @@ pub(crate) fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
     // that is not set reads as 0 or as some other number, which no watched device has.
     unsafe {
         let dev: Address = load(skb, offset(&NET_LAYOUT.skb_dev));
-        let Some(place) = watched(dev) else { return 0 };
-        let (Some(notes), Some(nic)) = (notes(), nic(place)) else { return 0 };
+        let Some(entry) = watched(dev) else { return 0 };
+        let (Some(notes), Some(nic)) = (notes(), nic(entry.place)) else { return 0 };
         let device = dev as u64;
         // Set by `__netif_receive_skb_core()`: the packet came from here.
         let came_from: u32 = load(skb, offset(&NET_LAYOUT.skb_iif));
@@ -187,7 +184,9 @@ pub(crate) fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
 pub(crate) fn count(side: &mut NicSide, bytes: u32, wire: u32) {
     side.packets += 1;
     side.bytes += u64::from(bytes);
-    side.wire_packets += u64::from(wire);
+    if wire != 1 {
+        side.more_wire_packets += u64::from(wire - 1);
+    }
 }
 
 /// The notes of this CPU.
@@ -199,18 +198,18 @@ fn notes() -> Option<&'static mut NicNotes> {
     unsafe { NOTES.get_ptr_mut(cpu)?.as_mut() }
 }
 
-/// The place of a device, if it is watched.
+/// The entry of a device, if it is watched.
 ///
 /// # Safety
 /// `dev` must be a pointer to a `net_device` that the verifier trusts.
 #[inline(always)]
-unsafe fn watched(dev: Address) -> Option<u32> {
+unsafe fn watched(dev: Address) -> Option<&'static NicEntry> {
     // SAFETY: by the caller.
     let ifindex: u32 = unsafe { load(dev, offset(&NET_LAYOUT.dev_ifindex)) };
     // SAFETY: a valid map value for the life of the program; user space changes whole words.
-    let filter = unsafe { &*FILTER.get_ptr(0)? };
+    let table = unsafe { &*TABLE.get_ptr(0)? };
     let bit = ifindex % NIC_FILTER_BITS;
-    if filter.0[(bit / 64) as usize] >> (bit % 64) & 1 == 0 {
+    if table.filter[(bit / 64) as usize] >> (bit % 64) & 1 == 0 {
         return None;
     }
     // SAFETY: by the caller; the namespace was loaded through the device.
@@ -219,13 +218,11 @@ unsafe fn watched(dev: Address) -> Option<u32> {
         load(net, offset(&NET_LAYOUT.net_inum))
     };
     let key = nic_key(netns, ifindex);
-    // SAFETY: as above.
-    let table = unsafe { &*TABLE.get_ptr(0)? };
     let start = nic_start(key);
     for i in 0..NIC_TABLE_PROBES {
-        let entry = &table.0[(start + i) as usize % NIC_TABLE_ENTRIES];
+        let entry = &table.entries[(start + i) as usize % NIC_TABLE_ENTRIES];
         if entry.key == key {
-            return u32::try_from(entry.place).ok();
+            return Some(entry);
         }
     }
     None
@@ -335,17 +332,18 @@ unsafe fn wire_packets(skb: Address, len: u32) -> u32 {
     if count > 1 { count } else { 1 }
 }
 
-/// Remembers the source address of a packet: the guest's own address can only come from the guest.
+/// Remembers the source address of a packet, as was asked for: the guest's own address can only come from the guest.
 ///
 /// # Safety
 /// `skb` must be a pointer that the verifier trusts.
 #[inline(always)]
-unsafe fn look_at_source(place: u32, direction: usize, skb: Address) {
+unsafe fn look_at_source(entry: &NicEntry, direction: usize, skb: Address) {
     // SAFETY: by the caller.
     let (head, mac) = unsafe {
         (load::<u64>(skb, offset(&NET_LAYOUT.skb_head)), load::<u16>(skb, offset(&NET_LAYOUT.skb_mac_header)))
     };
-    if let (Some(nic), Some(source)) = (nic(place), probe::<u64>(head + u64::from(mac), 6)) {
+    Half::of(&entry.look[direction]).store(0);
+    if let (Some(nic), Some(source)) = (nic(entry.place), probe::<u64>(head + u64::from(mac), 6)) {
         Word::of(&nic.source_mac[direction]).store(source & 0xffff_ffff_ffff);
     }
 }
@@ -366,7 +364,6 @@ pub(crate) fn count_window(side: &mut NicSide, bytes: u32, of: u32) {
     let add = WINDOW_PACKET + u64::from(bytes);
     // SAFETY: plain helper call.
     let jiffy = unsafe { bpf_jiffies64() };
-    side.since_clock += 1;
     if side.credit > 0 && side.jiffy == jiffy {
         side.credit -= 1;
         side.window += add;
@@ -374,11 +371,12 @@ pub(crate) fn count_window(side: &mut NicSide, bytes: u32, of: u32) {
     }
     // SAFETY: plain helper call.
     let now = unsafe { bpf_ktime_get_ns() };
-    let dense = now.wrapping_sub(side.clock_ns) < DENSE_NS * u64::from(side.since_clock);
+    let packets = 1 + side.granted.wrapping_sub(side.credit);
+    let dense = now.wrapping_sub(side.clock_ns) < DENSE_NS * u64::from(packets);
     side.credit = if dense { CREDIT } else { 0 };
+    side.granted = side.credit;
     side.clock_ns = now;
     side.jiffy = jiffy;
-    side.since_clock = 0;
     let begin = Window::begin(now / 1_000_000);
     let before = side.window;
     if before >> 44 == begin >> 44 && before != 0 {

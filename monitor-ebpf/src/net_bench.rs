@@ -8,7 +8,7 @@ use aya_ebpf::{
     macros::{btf_tracepoint, classifier},
     programs::{BtfTracePointContext, TcContext},
 };
-use monitor_ebpf::{MAC_SAMPLE, NicSide};
+use monitor_ebpf::NicSide;
 
 use crate::{
     atomic::Word,
@@ -17,6 +17,8 @@ use crate::{
 
 /// `TCX_NEXT` of `include/uapi/linux/bpf.h`: whatever the next program says.
 const NEXT: i32 = -1;
+/// One packet among so many is looked at for its source address.
+const SAMPLE: u64 = 64;
 /// Ethernet, IPv4 and TCP with its usual options: what is in front of the data of most packets that get segmented.
 const HEADERS: u32 = 14 + 20 + 32;
 
@@ -55,7 +57,7 @@ fn count_classified(ctx: &TcContext, side: &mut NicSide, of: u32) {
         (_, segments) => segments,
     };
     let bytes = skb.len + tag;
-    if side.packets.is_multiple_of(MAC_SAMPLE)
+    if side.packets.is_multiple_of(SAMPLE)
         && let (Some(nic), Ok(source)) = (nic(0), ctx.load::<[u16; 3]>(6))
     {
         let [a, b, c] = source.map(u64::from);

@@ -34,11 +34,6 @@ pub const fn nic_start(key: u64) -> u32 {
     (key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - NIC_TABLE_LOG2)) as u32
 }
 
-/// The first-stage filter.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-pub struct NicFilter(pub [u64; NIC_FILTER_WORDS]);
-
 /// An entry of the table: the device ([`nic_key`], 0 = free) and its place. The place is written first.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,13 +41,24 @@ pub struct NicEntry {
     /// The device.
     pub key: u64,
     /// Its place in the other arrays.
-    pub place: u64,
+    pub place: u32,
+    /// [`LOOK`] if the source address of the next packet is to be looked at, by direction (xmit, receive). User space sets
+    /// both at once, the program that looks clears its own.
+    pub look: [u16; 2],
 }
 
-/// The table from device to place.
-#[repr(transparent)]
+/// See [`NicEntry::look`].
+pub const LOOK: u16 = 1;
+
+/// The table from device to place, and the filter in front of it: together, because each look into a map has its price.
+#[repr(C)]
 #[derive(Clone, Copy)]
-pub struct NicTable(pub [NicEntry; NIC_TABLE_ENTRIES]);
+pub struct NicTable {
+    /// The first stage, see [`NIC_FILTER_BITS`].
+    pub filter: [u64; NIC_FILTER_WORDS],
+    /// The second one.
+    pub entries: [NicEntry; NIC_TABLE_ENTRIES],
+}
 
 /// What passed a device in one direction on one CPU, cumulative since it is watched. One cache line.
 #[repr(C)]
@@ -62,8 +68,8 @@ pub struct NicSide {
     pub packets: u64,
     /// Bytes of those, with Ethernet header and VLAN tag.
     pub bytes: u64,
-    /// Packets on the wire: what a GSO packet becomes.
-    pub wire_packets: u64,
+    /// Packets on the wire beyond one for each packet: what GSO packets become.
+    pub more_wire_packets: u64,
     /// First of the device's queues in their map; written by user space.
     pub first_queue: u32,
     /// How many of them are counted by themselves; 0 = none. Written by user space.
@@ -76,8 +82,8 @@ pub struct NicSide {
     pub jiffy: u64,
     /// Packets that may yet be added to `window` before the clock is read again.
     pub credit: u32,
-    /// Packets since the clock was read.
-    pub since_clock: u32,
+    /// What `credit` was when the clock was read.
+    pub granted: u32,
 }
 
 impl NicSide {
@@ -85,14 +91,14 @@ impl NicSide {
     pub const ZERO: Self = Self {
         packets: 0,
         bytes: 0,
-        wire_packets: 0,
+        more_wire_packets: 0,
         first_queue: 0,
         queues: 0,
         window: 0,
         clock_ns: 0,
         jiffy: 0,
         credit: 0,
-        since_clock: 0,
+        granted: 0,
     };
 }
 
@@ -294,9 +300,6 @@ impl Nic {
     };
 }
 
-/// One of [`NIC_DROPS`] is looked at for the source address.
-pub const MAC_SAMPLE: u64 = 64;
-
 /// What a drop is counted under: place and the kernel's `enum skb_drop_reason`.
 #[must_use]
 pub const fn drop_key(place: u32, reason: u32) -> u64 {
@@ -376,7 +379,8 @@ impl NetLayout {
     };
 }
 
-const _: () = assert!(size_of::<NicSide>() == 64 && size_of::<NicCell>() == 128);
+const _: () =
+    assert!(size_of::<NicEntry>() == 16 && size_of::<NicSide>() == 64 && size_of::<NicCell>() == 128);
 const _: () = assert!(size_of::<Nic>() == 448);
 const _: () = assert!(size_of::<NicWindows>() == 80 + 4 * WINDOW_BUCKETS);
 const _: () = assert!(size_of::<NicNotes>() == 64);

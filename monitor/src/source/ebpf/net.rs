@@ -2,14 +2,15 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::atomic::Ordering,
+    mem::offset_of,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use aya::Ebpf as Object;
 use monitor_ebpf::{
-    NIC_FILTER_BITS, NIC_QUEUES, NIC_TABLE_ENTRIES, NIC_TABLE_PROBES, NICS, Nic, NicCell, NicEntry,
-    NicFilter, NicQueue, NicSide, NicTable, NicWindows, OPEN_WINDOWS, WINDOW_BUCKETS, WINDOW_MILLISECONDS,
-    Window, nic_key, nic_start, window_bucket,
+    LOOK, NIC_FILTER_BITS, NIC_QUEUES, NIC_TABLE_ENTRIES, NIC_TABLE_PROBES, NICS, Nic, NicCell, NicEntry,
+    NicQueue, NicSide, NicTable, NicWindows, OPEN_WINDOWS, WINDOW_BUCKETS, WINDOW_MILLISECONDS, Window,
+    nic_key, nic_start, window_bucket,
 };
 
 use super::{
@@ -39,6 +40,8 @@ pub struct NicSlot {
 #[derive(Clone, Debug)]
 struct Watched {
     key: NicKey,
+    /// Its entry in the table.
+    entry: usize,
     traffic: DeviceTraffic,
     /// Windows that user space closed.
     closed: [Box<[u32; WINDOW_BUCKETS]>; 2],
@@ -52,7 +55,6 @@ struct Watched {
 
 /// The maps of the network programs, and what is handed out of them.
 pub(super) struct Net {
-    filter: Mapped<NicFilter>,
     table: Mapped<NicTable>,
     list: Mapped<Nic>,
     cells: Mapped<NicCell>,
@@ -78,7 +80,6 @@ impl Net {
     ) -> Result<Self, EbpfError> {
         let cpus = cpus as usize;
         Ok(Self {
-            filter: map(object, "NIC_FILTER")?,
             table: map(object, "NIC_TABLE")?,
             list: map(object, "NIC_LIST")?,
             cells: map(object, "NIC_CELLS")?,
@@ -99,7 +100,7 @@ impl Net {
     pub(super) fn watch(&mut self, key: NicKey, queues: u32) -> Result<NicSlot, NotFollowed> {
         let full = NotFollowed::Full(self.watched.iter().flatten().count());
         let number = nic_key(key.netns, key.ifindex);
-        let Some(entry) = self.entry_for(number, 0) else { return Err(full) };
+        let Some(entry) = self.free_entry(number) else { return Err(full) };
         let place = match u32::try_from(self.watched.len()) {
             Ok(new) if new < NICS => {
                 self.watched.push(None);
@@ -124,13 +125,15 @@ impl Net {
             self.queues.set(queue as usize, NicQueue::ZERO);
         }
         self.list.set(place as usize, Nic { key: number, ..Nic::ZERO });
-        self.entry(entry, 1).store(u64::from(place), Ordering::Release);
-        self.entry(entry, 0).store(number, Ordering::Release);
+        self.half_of_entry(entry, offset_of!(NicEntry, place)).store(place, Ordering::Release);
+        self.look_at_sources(entry);
+        self.key_of(entry).store(number, Ordering::Release);
         let bit = key.ifindex % NIC_FILTER_BITS;
-        change_bit(self.filter.word((bit / 64) as usize), bit % 64, true);
+        change_bit(self.table.word((bit / 64) as usize), bit % 64, true);
         let nothing = || Box::new([0; WINDOW_BUCKETS]);
         let watched = Watched {
             key,
+            entry,
             traffic: DeviceTraffic::default(),
             closed: [nothing(), nothing()],
             packets: 0,
@@ -144,15 +147,12 @@ impl Net {
     /// Stops watching a device.
     #[expect(clippy::needless_pass_by_value, reason = "the slot must not be used afterwards")]
     pub(super) fn unwatch(&mut self, slot: NicSlot) {
-        let Some(Watched { key, .. }) = self.watched[slot.place as usize].take() else { return };
-        let number = nic_key(key.netns, key.ifindex);
-        if let Some(entry) = self.entry_for(number, number) {
-            self.entry(entry, 0).store(0, Ordering::Release);
-        }
+        let Some(Watched { key, entry, .. }) = self.watched[slot.place as usize].take() else { return };
+        self.key_of(entry).store(0, Ordering::Release);
         self.list.set(slot.place as usize, Nic::ZERO);
         let bit = key.ifindex % NIC_FILTER_BITS;
         if !self.watched.iter().flatten().any(|other| other.key.ifindex % NIC_FILTER_BITS == bit) {
-            change_bit(self.filter.word((bit / 64) as usize), bit % 64, false);
+            change_bit(self.table.word((bit / 64) as usize), bit % 64, false);
         }
         self.free.push_back(slot.place);
     }
@@ -162,6 +162,7 @@ impl Net {
         for place in 0..self.watched.len() {
             if let Some(mut watched) = self.watched[place].take() {
                 self.read_one(place, &mut watched.traffic);
+                self.look_at_sources(watched.entry);
                 self.watched[place] = Some(watched);
             }
         }
@@ -275,7 +276,7 @@ impl Net {
     /// Takes the windows that are over and that no program has closed, since nothing came after them.
     fn left_behind(&self, place: usize, direction: usize, now: MonotonicNs) -> Vec<Window> {
         const SIDE_WORDS: usize = size_of::<NicSide>() / 8;
-        const WINDOW_WORD: usize = std::mem::offset_of!(NicSide, window) / 8;
+        const WINDOW_WORD: usize = offset_of!(NicSide, window) / 8;
         let now_ms = now.0 / 1_000_000;
         #[expect(clippy::cast_possible_truncation, reason = "modulo 2²⁰")]
         let age = |window: Window| (now_ms as u32).wrapping_sub(window.millisecond) % WINDOW_MILLISECONDS;
@@ -307,17 +308,28 @@ impl Net {
         first_queue..first_queue + queues
     }
 
-    /// The table entry near `near`'s place that holds `key`, or a free one for `key` 0.
-    fn entry_for(&self, near: u64, key: u64) -> Option<usize> {
-        let start = nic_start(near);
+    /// A free table entry where a device is looked for.
+    fn free_entry(&self, key: u64) -> Option<usize> {
+        let start = nic_start(key);
         (0..NIC_TABLE_PROBES)
             .map(|i| (start + i) as usize % NIC_TABLE_ENTRIES)
-            .find(|&entry| self.entry(entry, 0).load(Ordering::Acquire) == key)
+            .find(|&entry| self.key_of(entry).load(Ordering::Acquire) == 0)
     }
 
-    /// One of the two words of a table entry.
-    fn entry(&self, entry: usize, word: usize) -> &std::sync::atomic::AtomicU64 {
-        self.table.word(entry * (size_of::<NicEntry>() / 8) + word)
+    /// Asks for the source address of the next packet in each direction.
+    fn look_at_sources(&self, entry: usize) {
+        const BOTH: u32 = (LOOK as u32) << 16 | LOOK as u32;
+        self.half_of_entry(entry, offset_of!(NicEntry, look)).store(BOTH, Ordering::Release);
+    }
+
+    /// The 32 bits at `offset` of a table entry.
+    fn half_of_entry(&self, entry: usize, offset: usize) -> &AtomicU32 {
+        self.table.half_of(0, (offset_of!(NicTable, entries) + entry * size_of::<NicEntry>() + offset) / 4)
+    }
+
+    /// Whose a table entry is.
+    fn key_of(&self, entry: usize) -> &AtomicU64 {
+        self.table.word((offset_of!(NicTable, entries) + entry * size_of::<NicEntry>()) / 8)
     }
 
     /// Queues in a row that no watched device has.
@@ -341,7 +353,7 @@ impl Net {
 }
 
 /// `NicWindows::wanted`, counted in halves of words.
-const WANTED_HALF: usize = std::mem::offset_of!(NicWindows, wanted) / 4;
+const WANTED_HALF: usize = offset_of!(NicWindows, wanted) / 4;
 
 #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]
 const fn low(pair: u64) -> u32 {
@@ -351,7 +363,7 @@ const fn low(pair: u64) -> u32 {
 fn add(to: &mut Passed, side: &NicSide) {
     to.packets += side.packets;
     to.bytes += side.bytes;
-    to.wire_packets = to.wire_packets.map(|sum| sum + side.wire_packets);
+    to.wire_packets = to.wire_packets.map(|sum| sum + side.packets + side.more_wire_packets);
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "both halves of the key have 32 bits")]
