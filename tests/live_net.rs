@@ -250,6 +250,52 @@ fn drops_of_a_queueing_discipline_and_of_a_filter_are_told_apart() {
     assert_eq!((filtered.place, filtered.packets), (DropPlace::Device, PACKETS));
 }
 
+/// A datagram of a guest to a port of the host.
+fn datagram(to: [u8; 6], payload: u16) -> Vec<u8> {
+    let mut bytes = frame(to, GUEST, 14 + 28 + usize::from(payload));
+    bytes[12..14].copy_from_slice(&0x0800_u16.to_be_bytes());
+    bytes[14] = 0x45;
+    bytes[16..18].copy_from_slice(&(28 + payload).to_be_bytes());
+    bytes[22..24].copy_from_slice(&[64, 17]);
+    bytes[26..30].copy_from_slice(&[192, 0, 2, 2]);
+    bytes[30..34].copy_from_slice(&[192, 0, 2, 1]);
+    let sum: u32 = bytes[14..34].chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    let folded = u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+    bytes[24..26].copy_from_slice(&(!folded).to_be_bytes());
+    bytes[36..38].copy_from_slice(&PORT.to_be_bytes());
+    bytes[38..40].copy_from_slice(&(8 + payload).to_be_bytes());
+    bytes // No checksum of the datagram, which is allowed.
+}
+
+const PORT: u16 = 5_007;
+
+/// The host has no memory left for what a guest sends to one of its sockets.
+#[test]
+fn drops_for_lack_of_memory_have_their_reason() {
+    const PACKETS: u64 = 400;
+    let mut ebpf = open();
+    let space = NetSpace::new().unwrap();
+    let tap = RawTap::open(&space, "tap0", 1, VnetHeader::No).unwrap();
+    let slot = ebpf.watch(key(&space, "tap0"), 0).unwrap();
+    space.ip(&["link", "set", "tap0", "address", "fe:54:00:77:01:01"]).unwrap();
+    space.ip(&["addr", "add", "192.0.2.1/24", "dev", "tap0"]).unwrap();
+    let socket = space.run(|| Ok(std::net::UdpSocket::bind(("192.0.2.1", PORT))?)).unwrap();
+    rustix::net::sockopt::set_socket_recv_buffer_size(&socket, 0).unwrap(); // The kernel's least.
+    let packet = datagram(HOST, 100);
+    (0..PACKETS).for_each(|_| tap.send(&packet).unwrap());
+    let traffic = read(&mut ebpf, &slot);
+    socket.set_nonblocking(true).unwrap();
+    let mut buffer = [0; 2048];
+    let kept = std::iter::from_fn(|| socket.recv(&mut buffer).ok()).count() as u64;
+    println!("{kept} of {PACKETS} kept: {traffic:?}");
+    assert_eq!(traffic.receive.packets, PACKETS, "the host took them all from the tap");
+    assert!(kept > 0 && kept < PACKETS / 2);
+    let drops = traffic.drops.unwrap();
+    let [drops] = drops.as_slice() else { panic!("one place and one reason: {drops:?}") };
+    assert_eq!((drops.place, drops.packets), (DropPlace::After, PACKETS - kept));
+    assert_eq!(ebpf.drop_reason(drops.reason), "SOCKET_RCVBUFF");
+}
+
 /// Tags count: those in a packet, and those that the driver puts in, where this kernel has VLAN devices.
 #[test]
 fn bytes_include_vlan_tags_as_the_devices_own_do() {

@@ -288,6 +288,103 @@ fn the_name_of_a_tap_goes_to_another_guest() {
     assert_eq!(told, 1, "it is said once");
 }
 
+/// How long the guest of the next test is suspended: a minute when asked for.
+fn suspension() -> Duration {
+    let seconds = std::env::var("KVM_MONITOR_SUSPENDED_SECONDS").ok().and_then(|text| text.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(4))
+}
+
+/// Some 10,000 packets a second to a guest that is suspended, and what becomes of the stream when it goes on.
+#[test]
+fn a_suspended_guest_loses_what_its_tap_says() {
+    const BURST: usize = 100;
+    let (lab, space) = start_lab();
+    let nic = NicSpec::new("tap-f", 6);
+    let script = format!("{} wait sleep=1s wait", nic.net_step("eth0"));
+    let guest = lab.boot(&GuestSpec { nics: vec![nic], ..GuestSpec::new("asleep", &script) }).unwrap();
+    guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
+    let uuid = guest.uuid.clone();
+    let mut run = watch(&lab, &["asleep"]);
+    run.wait("a sample", |r| is_sample_of(r, &uuid) && r["interfaces"][0]["rx_packets"]["ebpf"].is_u64());
+    lab.virsh(&["suspend", "asleep"]).unwrap();
+    run.wait_event("paused", "");
+    let before = space.counters("tap-f").unwrap();
+    let socket = space.frame_socket("tap-f", VnetHeader::No).unwrap();
+    let packet = frame(mac(9), HOST, 200);
+    let end = std::time::Instant::now() + suspension();
+    let mut sent = 0;
+    while std::time::Instant::now() < end {
+        (0..BURST).for_each(|_| drop(socket.send(&packet)));
+        sent += BURST as u64;
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let now = space.counters("tap-f").unwrap();
+    let (dropped, taken) = (now.tx_dropped - before.tx_dropped, now.tx_packets - before.tx_packets);
+    eprintln!("sent {sent}, dropped {dropped}, taken by QEMU {taken}");
+    assert!(dropped > sent / 2 && taken <= 1, "its ring was full most of the time");
+    let at_rest = run.wait("all drops", |r| {
+        let nic = &r["interfaces"][0];
+        is_sample_of(r, &uuid)
+            && ["ebpf", "procfs"].iter().all(|source| nic["rx_drop"][source] == dropped)
+            && nic["rx_drop_reasons"] == json!({"FULL_RING": dropped})
+    });
+    let nic = &at_rest["interfaces"][0];
+    assert_eq!(nic["rx_backlog_packets"]["ebpf"], sent - dropped - taken, "{nic}");
+
+    // libvirt gives the tap its address at every start of the guest, and fails where it is there already.
+    space.ip(&["addr", "flush", "dev", "tap-f"]).unwrap();
+    lab.virsh(&["resume", "asleep"]).unwrap();
+    guest.go_on(PATIENCE).unwrap();
+    run.wait("the ring empty, by all sources", |r| {
+        let nic = &r["interfaces"][0];
+        is_sample_of(r, &uuid)
+            && nic["rx_backlog_packets"]["ebpf"] == 0
+            && SOURCES.iter().all(|source| nic["rx_packets"][source] == before.tx_packets + sent - dropped)
+    });
+    let ended = run.stop();
+    let mut last = 0;
+    for sample in ended.records.iter().filter(|r| is_sample_of(r, &uuid)) {
+        let Some(drops) = sample["interfaces"][0]["rx_drop"]["ebpf"].as_u64() else { continue };
+        assert!(drops >= last && sample["epoch"] == 0, "{drops} after {last}");
+        last = drops;
+    }
+}
+
+/// A running guest gets an interface and loses it again.
+#[test]
+fn an_interface_comes_and_goes() {
+    let (lab, space) = start_lab();
+    let nic = NicSpec::new("tap-f", 6);
+    let script = format!("{} wait sleep=1s wait", nic.net_step("eth0"));
+    let guest = lab.boot(&GuestSpec { nics: vec![nic], ..GuestSpec::new("plugged", &script) }).unwrap();
+    guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
+    let uuid = guest.uuid.clone();
+    // By events alone: nothing else would tell within the test.
+    let arguments = ["run", "--domain", "plugged", "--interval", "100ms", "--libvirt-interval", "500ms"];
+    let mut run = Run::start(lab.command(program()), &arguments);
+    run.wait("a sample", |r| is_sample_of(r, &uuid) && r["interfaces"][0]["rx_packets"]["ebpf"].is_u64());
+    let file = lab.scratch().join("plugged.xml");
+    std::fs::write(&file, interface("ethernet", "<target dev='tap-hot'/>", 9)).unwrap();
+    for round in 1..=2 {
+        lab.virsh(&["attach-device", "plugged", file.to_str().unwrap(), "--live"]).unwrap();
+        run.wait("its device, counted", |r| {
+            is_sample_of(r, &uuid) && of_mac(r, 9)["rx_packets"]["ebpf"] == 0
+        });
+        send(&space, "tap-hot", (50, 100));
+        let sample =
+            run.wait("its packets", |r| is_sample_of(r, &uuid) && of_mac(r, 9)["rx_packets"]["ebpf"] == 50);
+        assert_eq!(of_mac(&sample, 9)["rx_bytes"]["ebpf"], 5_000);
+        assert_eq!(sample["epoch"], round, "a new device starts anew: {sample}");
+        lab.virsh(&["detach-device", "plugged", file.to_str().unwrap(), "--live"]).unwrap();
+        let gone = run.wait("its end", |r| {
+            is_change_of(r, &uuid, "changed") && r["domain"]["interfaces"].as_array().unwrap().len() == 1
+        });
+        let left = run.wait("a sample", |r| is_sample_of(r, &uuid) && of_mac(r, 9).is_null());
+        assert!(left["interfaces"][0]["rx_packets"]["ebpf"].is_u64(), "{gone}");
+    }
+    run.stop();
+}
+
 /// Segmentation and a queue nobody empties, on a stream of a real guest: both differences are explained by name, and
 /// nothing is left.
 #[test]
