@@ -188,6 +188,8 @@ pub struct Interface {
     pub interface_id: Option<String>,
     /// Limits of its traffic (`<bandwidth>`), as seen from the guest, by name with the unit; sorted.
     pub limits: Vec<(String, u64)>,
+    /// PCI address of the host's device that the guest was given (`0000:03:10.2`), if it was given one.
+    pub host_pci: Option<String>,
     /// Device model (`virtio`, `e1000e`, …).
     pub model: Option<String>,
     /// Number of queue pairs, 1 if not told.

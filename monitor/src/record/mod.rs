@@ -283,6 +283,9 @@ pub struct InterfaceInfo<'a> {
     /// Limits of its traffic: `inbound_average_bytes_per_s`, `outbound_burst_bytes`, …; inbound is to the guest.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub limits: BTreeMap<&'a str, u64>,
+    /// PCI address of the host's device that the guest was given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_pci: Option<&'a str>,
     /// Device model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<&'a str>,
@@ -631,6 +634,7 @@ impl<'a> InterfaceInfo<'a> {
             bridge: of.bridge.as_deref(),
             interface_id: of.interface_id.as_deref(),
             limits: by_name(&of.limits),
+            host_pci: of.host_pci.as_deref(),
             model: of.model.as_deref(),
             queues: of.queues,
             filterref: of.filterref.as_deref(),

@@ -8,3 +8,4 @@ pub mod ebpf;
 pub mod libvirt;
 pub mod netdev;
 pub mod procfs;
+pub mod virtual_function;

@@ -28,6 +28,7 @@ use crate::{
         procfs::{
             self, FoundQemu, OpenFiles, ProcessReader, Processes, PssReader, ThreadReader, VhostThread,
         },
+        virtual_function::VirtualFunctions,
     },
     units::{DomainUuid, MonotonicNs, SourceKind, Tid, VcpuIndex},
 };
@@ -143,6 +144,8 @@ pub struct Tracker {
     devices: Devices,
     /// Counters of network devices, one table for each network namespace that has one of ours.
     tables: Vec<CounterTable>,
+    /// Once there is a domain that was given one.
+    functions: Option<VirtualFunctions>,
     ebpf_failed: bool,
     /// Started when there is something to read; absent again if that failed.
     pss: Option<PssReader>,
@@ -195,6 +198,7 @@ impl Tracker {
             processes: Processes::new(&root),
             devices: Devices::new(&root),
             tables: Vec::new(),
+            functions: None,
             root,
             wanted,
             listings: 0,

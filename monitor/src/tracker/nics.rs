@@ -2,6 +2,8 @@
 //!
 //! rx and tx are the guest's. Who receives what the host sends through a device is decided by what the device is.
 
+use std::path::Path;
+
 use super::{Depth, Tracked, Tracker, Where};
 use crate::{
     inventory::{FoundBy, Interface, Observable, QemuProcess},
@@ -13,6 +15,7 @@ use crate::{
         ebpf::{Bursts, DeviceTraffic, DropPlace, Ebpf, NicSlot, NotFollowed, Passed, WINDOW_BUCKETS},
         netdev::{self, CounterTable, Device, DeviceCounters, DeviceKind, Direction, HeldTap},
         procfs::{OpenFiles, ProcfsError},
+        virtual_function::{Answer, FunctionCounters, VirtualFunction, VirtualFunctions},
     },
     units::{Bytes, Count, MonotonicNs, SourceKind, Window},
 };
@@ -25,6 +28,8 @@ const FOREIGN_ROUNDS: u64 = 10;
 pub(super) struct Nic {
     pub(super) slot: Option<NicSlot>,
     device: Option<Device>,
+    /// What the guest was given instead of a device of the host's kernel.
+    function: Option<VirtualFunction>,
     /// The name the device has now.
     name: String,
     /// It had a device before: the next one starts anew.
@@ -124,13 +129,17 @@ impl Tracked {
     }
 
     /// Puts what the kernel counts, and what follows from that and our own count. True if nothing had to be left out.
-    fn put_counters(&mut self, tables: &[CounterTable], ebpf: Option<&Ebpf>) {
-        if self.nics.iter().all(|nic| nic.device.is_none()) {
+    fn put_counters(&mut self, tables: &[CounterTable], functions: Option<&Answer>, ebpf: Option<&Ebpf>) {
+        if self.nics.iter().all(|nic| nic.device.is_none() && nic.function.is_none()) {
             return;
         }
         self.sample.begin(ReadClass::ProcfsNet);
         let mut window: Option<Window> = None;
         for (nic, values) in self.nics.iter_mut().zip(&mut self.sample.interfaces) {
+            if let Some((read, counters)) = nic.of_function(functions) {
+                put_function(values, &counters);
+                window = Some(both(window, read));
+            }
             let Some(device) = nic.device else { continue };
             let table = tables.iter().find(|table| table.netns() == device.key.netns);
             let Some((table, read)) = table.and_then(|table| Some((table, table.window()?))) else {
@@ -145,9 +154,7 @@ impl Tracked {
                 continue;
             }
             put_counters(values, device.kind, &counters);
-            let earlier =
-                window.map_or(read, |w| Window { begin: w.begin.min(read.begin), end: w.end.max(read.end) });
-            window = Some(earlier);
+            window = Some(both(window, read));
             if let (Some(ebpf), Some(slot), true) = (ebpf, &nic.slot, device.kind != DeviceKind::Macvtap) {
                 put_backlog(values, &mut nic.empty_at, (ebpf, slot), counters.tx.packets);
             }
@@ -156,6 +163,18 @@ impl Tracked {
             self.sample.end(ReadClass::ProcfsNet, window);
         }
     }
+}
+
+impl Nic {
+    fn of_function(&self, answer: Option<&Answer>) -> Option<(Window, FunctionCounters)> {
+        let answer = answer?;
+        Some((answer.window, answer.of(self.function.as_ref()?)?))
+    }
+}
+
+/// One that holds a read and those before it.
+fn both(before: Option<Window>, read: Window) -> Window {
+    before.map_or(read, |w| Window { begin: w.begin.min(read.begin), end: w.end.max(read.end) })
 }
 
 /// The guest's rx and tx, given what the host sends and receives.
@@ -258,6 +277,16 @@ fn put_counters(values: &mut Values, kind: DeviceKind, counters: &DeviceCounters
     );
 }
 
+fn put_function(values: &mut Values, counters: &FunctionCounters) {
+    const PROCFS: SourceKind = SourceKind::Procfs;
+    values.put(PROCFS, Metric::InterfaceRxPackets, Count(counters.rx_packets));
+    values.put(PROCFS, Metric::InterfaceRxBytes, Bytes(counters.rx_bytes));
+    values.put_some(PROCFS, Metric::InterfaceRxDrop, counters.rx_dropped.map(Count));
+    values.put(PROCFS, Metric::InterfaceTxPackets, Count(counters.tx_packets));
+    values.put(PROCFS, Metric::InterfaceTxBytes, Bytes(counters.tx_bytes));
+    values.put_some(PROCFS, Metric::InterfaceTxDrop, counters.tx_dropped.map(Count));
+}
+
 /// Counters of a device only grow.
 fn is_another(values: &Values, kind: DeviceKind, counters: &DeviceCounters) -> bool {
     let (rx, tx) = guests_first(kind, counters.tx.packets, counters.rx.packets);
@@ -301,6 +330,13 @@ impl Tracker {
         let tracked = &self.domains[i];
         let (interface, nic, process) =
             (&tracked.domain.interfaces[n], &tracked.nics[n], tracked.domain.process);
+        if let Some(address) = &interface.host_pci {
+            if nic.function.is_none() {
+                let found = VirtualFunction::find(Path::new("/sys"), address);
+                self.domains[i].nics[n].function = found;
+            }
+            return;
+        }
         if interface.observable != Observable::Yes || interface.device.is_empty() {
             return;
         }
@@ -427,6 +463,7 @@ impl Tracker {
             bridge: None,
             interface_id: None,
             limits: Vec::new(),
+            host_pci: None,
             model: None,
             queues: 1,
             filterref: None,
@@ -450,9 +487,35 @@ impl Tracker {
                 Err(error) => count.failed(&error),
             }
         }
+        let functions = self.ask_functions();
         for tracked in &mut self.domains {
-            tracked.put_counters(&self.tables, self.ebpf.as_ref());
+            tracked.put_counters(&self.tables, functions.as_ref(), self.ebpf.as_ref());
         }
+    }
+
+    /// What the drivers of network cards count for the functions that guests were given.
+    fn ask_functions(&mut self) -> Option<Answer> {
+        let functions = self.domains.iter().flat_map(|tracked| &tracked.nics);
+        let mut devices: Vec<u32> =
+            functions.filter_map(|nic| nic.function.as_ref()).flat_map(|f| f.devices.clone()).collect();
+        if devices.is_empty() {
+            return None;
+        }
+        devices.sort_unstable();
+        devices.dedup();
+        let count = &mut self.counts[SourceKind::Procfs as usize];
+        if self.functions.is_none() {
+            match VirtualFunctions::start() {
+                Ok(started) => self.functions = Some(started),
+                Err(error) => count.failed(&error),
+            }
+        }
+        let answer = self.functions.as_mut()?.ask(devices)?;
+        count.reads += 1;
+        if let Some(error) = &answer.error {
+            count.failed(error);
+        }
+        Some(answer)
     }
 
     /// One table for each namespace that has a device of ours.

@@ -153,6 +153,7 @@ fn read_interface(node: Node<'_, '_>) -> Interface {
         bridge: child_attribute(node, "source", "bridge"),
         interface_id: child(node, "virtualport")
             .and_then(|port| child_attribute(port, "parameters", "interfaceid")),
+        host_pci: child(node, "source").and_then(pci_address),
         limits: limits::of_interface(child(node, "bandwidth")),
         model: child_attribute(node, "model", "type"),
         queues: number(child(node, "driver").and_then(|driver| driver.attribute("queues"))).unwrap_or(1),
@@ -162,6 +163,14 @@ fn read_interface(node: Node<'_, '_>) -> Interface {
         device,
         kind,
     }
+}
+
+/// The address in a `<source>`, as `/sys/bus/pci/devices` has it (`virPCIDeviceAddressAsString`).
+fn pci_address(source: Node<'_, '_>) -> Option<String> {
+    let address = child(source, "address").filter(|address| address.attribute("type") == Some("pci"))?;
+    let part = |name| u32::from_str_radix(address.attribute(name)?.trim_start_matches("0x"), 16).ok();
+    let (domain, bus) = (part("domain").unwrap_or(0), part("bus")?);
+    Some(format!("{domain:04x}:{bus:02x}:{:02x}.{:x}", part("slot")?, part("function").unwrap_or(0)))
 }
 
 /// A live domain on a network that bridges tells both; the interface's own type says which one it is connected to.

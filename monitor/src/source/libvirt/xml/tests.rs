@@ -95,6 +95,7 @@ fn openstack_interfaces() {
     for (interface, word) in [(vhostuser, "vhost-user"), (hostdev, "passed through")] {
         assert!(matches!(interface.observable, Observable::No(why) if why.contains(word)), "{interface:?}");
     }
+    assert_eq!((hostdev.host_pci.as_deref(), direct.host_pci.as_deref()), (Some("0000:03:10.2"), None));
     assert_eq!((direct.source.as_deref(), direct.observable.clone()), (Some("ens5f0"), Observable::Yes));
 }
 
