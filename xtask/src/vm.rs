@@ -29,8 +29,8 @@ const LIMIT: Duration = Duration::from_secs(150 * 60);
 /// For one test program.
 const PROGRAM_LIMIT: &str = "12m";
 /// What `cargo xtask test` runs: on one kernel, the parts of these programs whose tests have the word in their names. What
-/// the machine itself cannot show comes first: guest mode. A whole guest in the emulated guest mode takes a minute, and
-/// was seen to restart by itself: that is left to `cargo xtask lab`.
+/// the machine itself cannot show comes first: guest mode. A whole guest in the emulated guest mode takes one to three
+/// minutes: that is left to `cargo xtask lab`.
 const SHORT_SERIES: &str = "6.12";
 const SHORT: [(&str, &str); 3] =
     [("live_kvm", "every_"), ("live_sched", "throttling"), ("live_net", "drops_of_a_suspended")];
@@ -211,33 +211,48 @@ fn tests(
     let cpus_of = |program: usize| cpus.unwrap_or_else(|| cpus_for(names[program]));
     let mut results = Results::default();
     let deadline = Instant::now() + limit;
-    let end = loop {
-        // The VM of the first that is left, and all that run in one like it.
-        let left: Vec<_> = (0..names.len()).filter(|i| results.is_left(names[*i])).collect();
-        let cpus = left.first().map_or(host.cpus, |first| cpus_of(*first));
-        let left: Vec<_> = left.into_iter().filter(|i| cpus_of(*i) == cpus).collect();
+    let end = until_all_ended(&names, cpus_of, &mut results, |left, cpus, results| {
         let programs: String = left.iter().map(|i| lines[*i].as_str()).collect();
         let commands = [&environment(&kept_built, cpus), RUN, &programs, LOOK].concat();
         let host = Host { limit: deadline.saturating_duration_since(Instant::now()), cpus, ..host };
-        let ended = results.ended.len();
-        let outcome = boot(built, host, commands, |line| results.take(line))?;
-        match outcome.end {
-            End::Exited(0) if results.ended.len() > ended && names.iter().any(|n| results.is_left(n)) => {}
-            End::Died => {
-                // The emulator's fault more often than not: once more from there, but not for ever.
-                let during = results.died(left.iter().map(|i| names[*i]));
-                eprintln!("lab: THE VM DIED in {during}: {}", last_words(series));
-                if left.is_empty() && results.deaths_in(&during) >= Results::DEATHS {
-                    break End::Died;
-                }
-            }
-            end => break end,
+        let end = boot(built, host, commands, |line| results.take(line))?.end;
+        if end == End::Died {
+            eprintln!("lab: THE VM DIED: {}", last_words(series));
         }
-    };
+        Ok(end)
+    })?;
     let table = results.table(series, &names);
     judge(&results, (series, &names, end), report)?;
     println!("\n{table}");
     fs::write(out(series).join("results.md"), table).context("cannot write the results")
+}
+
+/// Boots VMs for programs by number, one for all that need the same CPUs, until each has ended or is given up; how the
+/// last VM ended.
+fn until_all_ended(
+    names: &[&str],
+    cpus_of: impl Fn(usize) -> Cpus,
+    results: &mut Results,
+    mut boot: impl FnMut(&[usize], Cpus, &mut Results) -> Result<End>,
+) -> Result<End> {
+    loop {
+        let mut left: Vec<_> = (0..names.len()).filter(|i| results.is_left(names[*i])).collect();
+        let cpus = left.first().map_or(Cpus::One, |first| cpus_of(*first));
+        left.retain(|i| cpus_of(*i) == cpus);
+        let ended = results.ended.len();
+        match boot(&left, cpus, results)? {
+            End::Exited(0) if results.ended.len() > ended && names.iter().any(|n| results.is_left(n)) => {}
+            End::Died => {
+                // The emulator's fault more often than not: once more from there, but not for ever.
+                let during = results.died(left.iter().map(|i| names[*i]));
+                eprintln!("lab: it died in {during}");
+                if left.is_empty() && results.deaths_in(&during) >= Results::DEATHS {
+                    return Ok(End::Died);
+                }
+            }
+            end => return Ok(end),
+        }
+    }
 }
 
 /// Reports what became of each program, and of the kernel.
@@ -591,6 +606,42 @@ mod tests {
             table.ends_with("| live_a | 1 | 0 | 0 | 7 | 1 |\n| live_b | - | - | - | - | 2 |\n"),
             "{table}"
         );
+    }
+
+    #[test]
+    fn each_program_runs_in_a_vm_with_its_cpus_and_those_behind_a_death_all_the_same() {
+        let names = ["live_a", "live_sched", "live_bad", "live_b"];
+        let mut results = Results::default();
+        let mut boots = Vec::new();
+        let end = until_all_ended(
+            &names,
+            |i| cpus_for(names[i]),
+            &mut results,
+            |left, cpus, results| {
+                boots.push((left.to_vec(), cpus));
+                for name in left.iter().map(|i| names[*i]) {
+                    results.take(&format!("lab-vm: begin {name}"));
+                    if name == "live_bad" {
+                        return Ok(End::Died);
+                    }
+                    results.take("test result: ok. 1 passed; 0 failed; 0 ignored");
+                    results.take(&format!("lab-vm: end {name} 0 1"));
+                }
+                for look in ["lab-vm: look kernel;", "lab-vm: look programs;"] {
+                    results.take(look);
+                }
+                Ok(End::Exited(0))
+            },
+        );
+        assert_eq!(end.unwrap(), End::Exited(0));
+        let expected = [
+            (vec![0, 2, 3], Cpus::One),
+            (vec![1], Cpus::TwoInTurn),
+            (vec![2, 3], Cpus::One),
+            (vec![3], Cpus::One),
+        ];
+        assert_eq!(boots, expected, "the death is no end of the others");
+        assert_eq!((results.ended.len(), results.deaths_in("live_bad"), results.looks.len()), (3, 2, 4));
     }
 
     #[test]
