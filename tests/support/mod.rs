@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// Longer than anything here may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than anything here may take: a busy guest of an emulated host lets go of a disk after minutes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
 
 pub(crate) fn program() -> PathBuf {
     let program = std::env::var_os("KVM_MONITOR_BIN");
