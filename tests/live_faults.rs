@@ -37,7 +37,7 @@ const NOBODY: u32 = 65534;
 const MORTAL_UUID: &str = "5ec0de00-0000-4000-8000-0000000000fb";
 /// What a run with kernel probes holds in the kernel.
 const PROGRAMS: [&str; 3] = ["sched_switch", "read_threads", "seed_threads"];
-const MAPS: [&str; 5] = ["FILTER", "TABLE", "THREADS", "READINGS", "CLOCK"];
+const MAPS: [&str; 4] = ["FILTER", "THREADS", "READINGS", "CLOCK"];
 /// Quick ticks; every read of libvirt brings every group.
 const QUICK: [&str; 6] =
     ["--interval", "100ms", "--libvirt-interval", "200ms", "--libvirt-slow-interval", "200ms"];

@@ -45,7 +45,7 @@ impl Watched {
     fn new(vcpus: u32, round: Round, irqchip: Irqchip) -> Self {
         let machine = Machine::new(vcpus, round, irqchip).unwrap();
         let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
-        let follow = |tid| ebpf.follow(Tid(tid), Keep::TimesAndHistograms, None).unwrap();
+        let follow = |tid| ebpf.follow(Tid(tid), Keep::Everything, None).unwrap();
         let slots = machine.tids().into_iter().map(follow).collect();
         ebpf.seed().unwrap();
         Self { machine, ebpf, slots }

@@ -50,7 +50,7 @@ const CPU: usize = 1;
 const OTHER_CPU: usize = 0;
 
 fn follow(ebpf: &mut Ebpf, tid: Tid) -> Slot {
-    let slot = ebpf.follow(tid, Keep::TimesAndHistograms, None).unwrap();
+    let slot = ebpf.follow(tid, Keep::Everything, None).unwrap();
     ebpf.seed().unwrap();
     slot
 }
@@ -257,11 +257,13 @@ fn a_vcpu_agrees_with_schedstat_under_every_load() {
     rings.iter_mut().for_each(Ring::begin);
     let hops = || rings.iter().map(|ring| ring.hops.load(Ordering::Relaxed)).sum::<u64>();
     let mut followed = Followed::new(&guest);
+    leave_a_share(&rings[0], &mut followed);
     let (begin, before) = (Instant::now(), hops());
-    followed.compare("200 threads that switch");
+    let among = followed.compare("200 threads that switch");
     let switched = hops() - before;
     println!("  they switched {} times a second", u128::from(switched) * 1000 / begin.elapsed().as_millis());
     assert!(switched > 10_000, "{switched} switches");
+    assert!(among.share[0] > 10.0, "the vCPU hardly ran: {:.1} %", among.share[0]);
     drop(rings);
 
     quota.take(Tid(guest.vcpu_tids().unwrap()[0]));
@@ -271,6 +273,23 @@ fn a_vcpu_agrees_with_schedstat_under_every_load() {
     assert!(throttled.share[1] > 20.0, "the quota took nothing: {:.1} %", throttled.share[1]);
     drop((guest, lab));
     drop(quota);
+}
+
+/// Threads that always come from a sleep take nearly all of a CPU that somebody busy would have, too: they give way by as much
+/// as it takes for the vCPU to get a fifth.
+fn leave_a_share(ring: &Ring, followed: &mut Followed) {
+    for nice in [0, 2, 5, 10, 15, 19] {
+        ring.be_nice(nice);
+        let (begin, first) = followed.read_all()[0];
+        std::thread::sleep(Duration::from_millis(500));
+        let (end, second) = followed.read_all()[0];
+        let (ran, passed) = (second.run_ns - first.run_ns, end.begin.since(begin.begin));
+        println!("  threads of nice {nice} leave the vCPU {ran} of {passed} ns");
+        if ran > passed / 5 {
+            return;
+        }
+    }
+    panic!("the vCPU gets no share beside them");
 }
 
 #[test]

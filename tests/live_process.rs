@@ -129,7 +129,9 @@ fn a_process_has_the_time_of_its_own_clock_and_each_class_that_of_its_threads() 
         assert!((*own..*own + 5_000_000).contains(&read), "read {read} ns of a thread that used {own}");
     }
     assert!(begin.time_ns <= running.time_ns && running.time_ns <= times.time_ns, "went backwards");
-    assert!(running.time_ns - begin.time_ns > 300_000_000, "what runs is not counted");
+    // However much of the host's CPUs they got.
+    let ran = running.time_ns - begin.time_ns;
+    assert!(ran > used.iter().sum::<u64>() / 2, "{ran} ns counted while threads ran that used {used:?}");
     burners.end();
     let ended = read(&mut ebpf, &slot);
     assert_eq!(ended.ended, 4, "threads that ended");

@@ -23,7 +23,7 @@ use monitor::{
         ebpf::{Ebpf, GroupSlot, Keep, Slot, ThreadTimes, probes::ProbeGroup},
         procfs,
     },
-    units::Tgid,
+    units::{Tgid, Tid},
 };
 use quota::Quota;
 use threads::{Bully, PATIENCE, Spinner};
@@ -204,6 +204,40 @@ fn preemptions_and_yields_are_those_of_proc() {
     assert!(between > 20 && ahead.values().all(|within| *within <= between / 10), "{between} and {ahead:?}");
 }
 
+/// Threads whose ids share a place in the kernel's table do not hide each other, whichever of them goes.
+#[test]
+fn threads_whose_ids_share_a_place_are_told_apart() {
+    let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
+    let spinners = [Spinner::start(CPU), Spinner::start(CPU)];
+    let sharing = |i: u32| Tid(spinners[0].tid.0 + i * monitor_ebpf::TID_PLACES);
+    let slot = ebpf.follow(sharing(0), Keep::Times, None).unwrap();
+    // Nobody has these ids. The one that runs is looked for last.
+    let mut others: Vec<Slot> =
+        (1..monitor_ebpf::CHAIN).map(|i| ebpf.follow(sharing(i), Keep::Times, None).unwrap()).collect();
+    let full = ebpf.follow(sharing(monitor_ebpf::CHAIN), Keep::Times, None);
+    assert!(full.is_err(), "one more than can share a place is followed");
+    ebpf.seed().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    for gone in [None, Some(others.len() - 1), Some(0), Some(2)] {
+        if let Some(gone) = gone {
+            ebpf.forget(others.remove(gone));
+        }
+        let mut first = None;
+        loop {
+            assert!(Instant::now() < deadline, "its switches are not seen with {gone:?} gone");
+            ebpf.read().unwrap();
+            if let Some(times) = ebpf.times(&slot) {
+                let before = *first.get_or_insert(times.preemptions);
+                if times.preemptions > before {
+                    break;
+                }
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+    assert!(others.iter().all(|other| ebpf.times(other).is_none()), "figures of a thread that is not there");
+}
+
 /// Takes a CPU off line until dropped.
 struct Offline(String);
 
@@ -231,7 +265,7 @@ fn a_cpu_that_goes_takes_no_time_with_it() {
     }
     let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
     let spinner = Spinner::start(CPU);
-    let slot = ebpf.follow(spinner.tid, Keep::TimesAndHistograms, None).unwrap();
+    let slot = ebpf.follow(spinner.tid, Keep::Everything, None).unwrap();
     ebpf.seed().unwrap();
     let mut ledger = Ledger::default();
     let (mut readings, mut discarded) = (0, 0);

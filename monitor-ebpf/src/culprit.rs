@@ -21,7 +21,7 @@ use monitor_ebpf::{
 };
 
 use crate::kernel::{Address, LAYOUT, load, offset, probe, run_queue};
-use crate::sched::{arm, get, set};
+use crate::sched::{arm, filter, get, set};
 
 #[map(name = "HISTORY")]
 static HISTORY: Array<History> = Array::with_max_entries(CPUS, 0);
@@ -30,6 +30,11 @@ static CHARGES: Array<ChargeTables> = Array::with_max_entries(HISTOGRAMS, BPF_F_
 
 /// `PF_KTHREAD` of `include/linux/sched.h`.
 const PF_KTHREAD: u32 = 0x0020_0000;
+/// `PF_USER_WORKER` (Linux 6.4; the bit means nothing in those before that are supported): a thread of the kernel's that
+/// counts as one of a process, as vhost's do.
+const PF_USER_WORKER: u32 = 0x0000_4000;
+/// `PF_IO_WORKER`: io_uring's, which works for its process alone and counts as its.
+const PF_IO_WORKER: u32 = 0x0000_0010;
 /// Stints looked back at for one wait.
 const LOOK_BACK: u32 = 255;
 /// The number that no culprit has: all places are taken.
@@ -135,17 +140,16 @@ pub(crate) unsafe fn charge(thread: &mut Thread, place: u32, prev: Address, (que
         }
     }
     if begin > queued {
-        arm();
         charge_history(thread, charges, queued, begin);
     }
 }
 
 /// Charges a wait of which only the end of the run after it was seen.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn charge_nobody(thread: &Thread, ns: u64) {
     let Some(place) = thread.histograms.checked_sub(1) else { return };
     // SAFETY: a valid map value; only the CPU that switches the thread changes it.
-    if let Some(tables) = unsafe { CHARGES.get_ptr_mut(place).and_then(|t| t.as_mut()) } {
+    if let Some(tables) = unsafe { CHARGES.get_ptr_mut(place.into()).and_then(|t| t.as_mut()) } {
         tables.tables[usize::from(get(&thread.table) & 1)].unknown_ns += ns;
     }
 }
@@ -153,11 +157,14 @@ pub(crate) fn charge_nobody(thread: &Thread, ns: u64) {
 /// Charges the part of a wait before `until` to those who ran before.
 #[inline(never)]
 fn charge_history(thread: &mut Thread, charges: &mut Charges, queued: u64, until: u64) {
-    // SAFETY: plain helper call; a valid map value that only this CPU writes.
-    let Some(history) = (unsafe { HISTORY.get_ptr(bpf_get_smp_processor_id()).and_then(|h| h.as_ref()) })
-    else {
-        return;
-    };
+    // SAFETY: plain helper call.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    // The next wait will find more.
+    if let Some(filter) = filter() {
+        arm(filter, cpu);
+    }
+    // SAFETY: a valid map value that only this CPU writes.
+    let Some(history) = (unsafe { HISTORY.get_ptr(cpu).and_then(|h| h.as_ref()) }) else { return };
     let mut search = Search { thread, charges, history, queued, until, unknown: 0 };
     let callback: extern "C" fn(u64, &mut Search) -> u64 = charge_earlier;
     // SAFETY: the callback has the prototype that `bpf_loop` calls, and the search outlives the call.
@@ -219,7 +226,8 @@ struct Share {
 fn who(stint: &Stint) -> (u32, u32) {
     if stint.tid == 0 {
         (KIND_IDLE, 0)
-    } else if stint.flags & PF_KTHREAD != 0 {
+    } else if stint.flags & PF_KTHREAD != 0 || stint.flags & (PF_USER_WORKER | PF_IO_WORKER) == PF_USER_WORKER
+    {
         (KIND_KERNEL, stint.tid)
     } else {
         (KIND_PROCESS, stint.tgid)

@@ -7,18 +7,18 @@
 use aya_ebpf::{
     EbpfContext,
     bindings::BPF_F_MMAPABLE,
-    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_ns},
+    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_ns, generated::bpf_get_current_task_btf},
     macros::{map, raw_tracepoint},
     maps::Array,
     programs::RawTracePointContext,
 };
 use monitor_ebpf::{
-    EINTR, ExitTable, HISTOGRAMS, ISA_SVM, ISA_VMX, KvmLayout, MODE_GUEST, MODE_HOST, MODE_UNKNOWN,
-    PLACE_OTHER, Thread, VcpuExits, reason_place, userspace_place,
+    EINTR, ExitTable, HISTOGRAMS, ISA_SVM, ISA_VMX, KvmLayout, MODE_GUEST, MODE_HOST, PLACE_OTHER, Thread,
+    VcpuExits, reason_place, userspace_place,
 };
 
 use crate::{
-    kernel::{LAYOUT, offset, probe},
+    kernel::{Address, LAYOUT, load, offset, probe},
     sched::{followed, get, is_followed, set},
 };
 
@@ -45,7 +45,7 @@ fn current() -> Option<Current> {
         return None;
     }
     let thread = followed(tid)?;
-    let place = thread.histograms.checked_sub(1)?;
+    let place = u32::from(thread.histograms.checked_sub(1)?);
     // SAFETY: valid map values; only the thread itself changes those of its place.
     unsafe {
         let exits = VCPU_EXITS.get_ptr_mut(place)?.as_mut()?;
@@ -72,9 +72,7 @@ pub(crate) fn kvm_exit(ctx: RawTracePointContext) -> i32 {
     let reason = reason(vcpu, isa);
     let sequence = begin(exits);
     let position = position(thread, now);
-    if exits.mode == MODE_GUEST
-        && let Some(position) = position
-    {
+    if exits.mode == MODE_GUEST {
         let guest = exits.guest_ns.wrapping_add(position.wrapping_sub(exits.position_ns));
         set(&mut exits.guest_ns, guest);
     }
@@ -82,7 +80,7 @@ pub(crate) fn kvm_exit(ctx: RawTracePointContext) -> i32 {
     set(&mut exits.exits, count);
     set(&mut exits.reason, reason);
     set(&mut exits.isa, isa);
-    stands(exits, position.map(|position| (MODE_HOST, position, now)));
+    stands(exits, MODE_HOST, position, now);
     // Read back: the compiler knows that the place it has is in bounds, and the verifier does not.
     let reason = get(&exits.reason);
     if let Some(count) = table.counts.get_mut(reason as usize) {
@@ -109,7 +107,7 @@ pub(crate) fn kvm_entry(ctx: RawTracePointContext) -> i32 {
         let outside = ns.wrapping_add(now.wrapping_sub(exits.since_ns));
         set(ns, outside);
     }
-    stands(exits, position(thread, now).map(|position| (MODE_GUEST, position, now)));
+    stands(exits, MODE_GUEST, position(thread, now), now);
     meet(exits, vcpu);
     end(exits, sequence);
     0
@@ -156,10 +154,9 @@ pub(crate) fn kvm_vcpu_wakeup(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// Notes in which mode the vCPU is from now on; `None` if its time on a CPU is not known.
+/// Notes in which mode the vCPU is from now on.
 #[inline(always)]
-fn stands(exits: &mut VcpuExits, at: Option<(u32, u64, u64)>) {
-    let (mode, position, now) = at.unwrap_or((MODE_UNKNOWN, 0, 0));
+fn stands(exits: &mut VcpuExits, mode: u32, position: u64, now: u64) {
     set(&mut exits.mode, mode);
     set(&mut exits.position_ns, position);
     set(&mut exits.since_ns, now);
@@ -208,17 +205,15 @@ fn layout() -> Option<&'static KvmLayout> {
     unsafe { KVM_LAYOUT.get_ptr(0)?.as_ref() }
 }
 
-/// How long the thread has been on a CPU, see [`VcpuExits::position_ns`]; `None` if it is not known since when it is on
-/// this one.
+/// How long the current thread has been on a CPU, see [`VcpuExits::position_ns`].
 #[inline(always)]
-fn position(thread: &Thread, now: u64) -> Option<u64> {
-    let since = match thread.since_ns {
-        // Not switched since it is followed.
-        0 if thread.task == 0 => return None,
-        0 => probe(thread.task, offset(&LAYOUT.task_last_arrival))?,
-        since => since,
+fn position(thread: &Thread, now: u64) -> u64 {
+    // SAFETY: plain helper call (Linux 5.11); the verifier trusts the pointer it returns.
+    let arrived: u64 = unsafe {
+        let task: Address = bpf_get_current_task_btf().cast_const().cast();
+        load(task, offset(&LAYOUT.task_last_arrival))
     };
-    Some(thread.on_cpu_ns.wrapping_add(now).wrapping_sub(since))
+    thread.on_cpu_ns.wrapping_add(now).wrapping_sub(arrived)
 }
 
 /// What follows changes the figures of this thread: see `begin` in `sched.rs`.

@@ -14,84 +14,77 @@ mod shared;
 pub use exits::*;
 pub use shared::*;
 
-/// Bits in the first-stage filter: bit `tid % FILTER_BITS` is set for every followed thread.
-pub const FILTER_BITS: u32 = 65_536;
-/// 64-bit words of the filter (8 KiB, small enough to stay in the first-level cache).
-pub const FILTER_WORDS: usize = (FILTER_BITS / 64) as usize;
-/// Entries of the table that maps a thread id to its slot; a power of two.
-pub const TABLE_ENTRIES: usize = 1 << TABLE_ENTRIES_LOG2;
-const TABLE_ENTRIES_LOG2: u32 = 15;
-/// Neighbouring entries looked at for one thread id, in user space and in the kernel alike.
-pub const TABLE_PROBES: u32 = 16;
-/// Threads that can be followed at once, a quarter of [`TABLE_ENTRIES`] so that probing stays short.
+/// Thread ids modulo this have a place in [`Filter`].
+pub const TID_PLACES: u32 = 65_536;
+/// 64-bit words of the marks in [`Filter`] (16 KiB).
+pub const MARK_WORDS: usize = (TID_PLACES / MARKS_PER_WORD) as usize;
+/// Thread ids whose marks are in one word.
+pub const MARKS_PER_WORD: u32 = 32;
+/// Threads that can be followed at once.
 pub const THREADS: u32 = 8_192;
+/// Followed threads that may share a place in [`Filter`].
+pub const CHAIN: u32 = 8;
 /// Threads that one run of the `read_threads` program reads; its arguments are `[first slot]`.
 pub const READ_BATCH: u32 = 64;
 
-/// Where the search for a thread id begins in the table: Fibonacci hashing of groups of four ids, because threads that
-/// were made one after the other, such as the vCPUs of a VM, wait for each other and are best in the same cache line.
-#[must_use]
-pub const fn table_start(tid: u32) -> u32 {
-    ((tid >> 2).wrapping_mul(0x9E37_79B1) >> (34 - TABLE_ENTRIES_LOG2)) << 2 | tid & 3
-}
-
-/// A table entry: the thread id in the upper half, its slot in the lower. 0 is a free entry, since no
-/// followed thread has the id 0 (the idle tasks).
-#[must_use]
-pub const fn table_entry(tid: u32, slot: u32) -> u64 {
-    (tid as u64) << 32 | slot as u64
-}
-
-/// What the table says of `tid`, given a look at one entry.
-#[must_use]
-pub const fn table_slot(entry: u64, tid: u32) -> Option<u32> {
-    if entry >> 32 == tid as u64 { Some((entry & 0xffff_ffff) as u32) } else { None }
-}
-
-/// What every switch of the host looks at, in one map, because each look-up costs.
+/// What every switch of the host looks at, and where it finds the followed threads: in one map, because each look-up costs.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Filter {
-    /// One bit per thread id modulo [`FILTER_BITS`].
-    pub threads: [u64; FILTER_WORDS],
+    /// Two bits per thread id modulo [`TID_PLACES`]: [`MARK_FOLLOWED`], [`MARK_ARRIVES`].
+    pub marks: [u64; MARK_WORDS],
     /// CPUs whose history is being written: not 0 while a followed thread waited there lately. A program makes it [`ARMED`]
     /// when it sees such a wait; user space takes 1 off from time to time, so that other CPUs pay nothing and yet no
     /// wait in progress loses its history at once.
     pub armed: [u8; CPUS as usize],
+    /// By thread id modulo [`TID_PLACES`]: slot of a followed thread with such an id, plus 1; 0 = none. [`Thread::next`] leads
+    /// to the others. The threads of a VM were mostly made one after the other, and so share cache lines here.
+    pub first: [u16; TID_PLACES as usize],
+}
+
+/// A thread with such an id is followed: look at it when it leaves its CPU.
+pub const MARK_FOLLOWED: u64 = 1;
+/// Look at it when it gets a CPU, too. What the scheduler keeps itself until the thread leaves needs no look.
+pub const MARK_ARRIVES: u64 = 2;
+
+/// Word of [`Filter::marks`], and position of the two bits in it, for a thread id.
+#[must_use]
+#[inline(always)]
+pub const fn mark_place(tid: u32) -> (usize, u32) {
+    let place = tid % TID_PLACES;
+    ((place / MARKS_PER_WORD) as usize, place % MARKS_PER_WORD * 2)
 }
 
 /// See [`Filter::armed`].
 pub const ARMED: u8 = 2;
 
-/// The table from thread id to slot, see [`table_entry`].
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-pub struct Table(pub [u64; TABLE_ENTRIES]);
-
 /// A followed thread, in the slot that user space gave it.
 ///
-/// `tid` and `histograms` are written by user space; the rest by the programs: by `seed_threads` when the thread
-/// is first followed, then by `sched_switch` on the CPU the thread leaves or enters. Counts begin when it is followed.
+/// What is marked so is written by user space; the rest by the programs: by `seed_threads` when the thread is first
+/// followed, then by `sched_switch` on the CPU that the thread leaves. Counts begin when it is followed. What lies between its
+/// last leave and now, a run included, is known from the scheduler's own figures: nothing of it is here.
 /// What a switch needs is in the first 64 bytes, one cache line.
 #[repr(C, align(128))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thread {
-    /// Thread id in the initial pid namespace; 0 is a free slot.
+    /// Thread id in the initial pid namespace; 0 is a free slot. User space.
     pub tid: u32,
     /// Odd while a switch changes what follows, and different after it.
     pub sequence: u32,
-    /// One of the `STATE_…` numbers, as of the last switch.
+    /// One of the `STATE_…` numbers, as of the last switch away.
     pub state: u8,
-    /// Which of its two [`ChargeTables`] is in use, 0 or 1; written by user space.
+    /// Which of its two [`ChargeTables`] is in use, 0 or 1. User space.
     pub table: u8,
     /// Where the programs put the number of a culprit, to read it back as one the verifier knows nothing of: else Linux
     /// 6.1 follows every number of every stint to its end, and gives up after a million instructions.
     pub found: u8,
     /// Number of the culprit that was charged last, if any: it will be charged again.
     pub likely: u8,
-    /// Place of its histograms and charges, plus 1; 0 = none are kept; or [`CLOCK_THREAD`].
-    pub histograms: u32,
-    /// Scheduler clock at the last switch, nanoseconds; 0 = not switched yet.
+    /// Place of its histograms and charges, plus 1; 0 = none are kept; or [`CLOCK_THREAD`]. User space.
+    pub histograms: u16,
+    /// Place of its group of siblings, plus 1; 0 = none. User space.
+    pub group: u16,
+    /// Scheduler clock at the last switch away, nanoseconds; 0 = none yet.
     pub since_ns: u64,
     /// `se.sum_exec_runtime` at the last switch away, nanoseconds since the thread started.
     pub run_ns: u64,
@@ -103,12 +96,17 @@ pub struct Thread {
     pub preemptions: u32,
     /// Switches away because it had nothing to do.
     pub yields: u32,
-    /// Switches to after such a switch away: the wakeups that led to a run.
-    pub wakeups: u32,
-    /// CPU of the last switch to, plus 1; 0 = none yet.
+    /// CPU that it left last, plus 1; 0 = none yet.
     pub last_cpu: u16,
-    /// Place of its group of siblings, plus 1; 0 = none.
-    pub group: u16,
+    /// Slot of another followed thread at the same place of [`Filter::first`], plus 1; 0 = none. User space.
+    pub next: u16,
+    /// One of the `STATE_…` numbers: as what it counts in its group. [`STATE_ON_CPU`] if it was seen to come, which needs
+    /// [`MARK_ARRIVES`]; else what it was when it left.
+    pub counts_as: u8,
+    /// Not 0 if its waits are charged; it is marked with [`MARK_ARRIVES`] then. User space.
+    pub charged: u8,
+    /// Nothing; there is no padding.
+    pub reserved: u16,
     /// Switches to on another CPU than the last.
     pub migrations: u32,
     /// Those of them that led to another NUMA node.
@@ -135,15 +133,18 @@ impl Thread {
         found: 0,
         likely: 0,
         histograms: 0,
+        group: 0,
         since_ns: 0,
         run_ns: 0,
         wait_ns: 0,
         on_cpu_ns: 0,
         preemptions: 0,
         yields: 0,
-        wakeups: 0,
         last_cpu: 0,
-        group: 0,
+        next: 0,
+        counts_as: STATE_UNKNOWN,
+        charged: 0,
+        reserved: 0,
         migrations: 0,
         node_migrations: 0,
         throttled_ns: 0,
@@ -155,18 +156,20 @@ impl Thread {
 
 /// The thread is kvm-monitor's own: each time it enters or leaves a CPU the scheduler clock is compared with
 /// `CLOCK_MONOTONIC`, so that no program has to read a clock for the threads that are accounted.
-pub const CLOCK_THREAD: u32 = u32::MAX;
+pub const CLOCK_THREAD: u16 = u16::MAX;
 
-/// Not switched since it is followed; `task_struct.on_cpu` decides.
+/// Not switched away since it is followed; `task_struct.on_cpu` decides whether it is on a CPU.
 pub const STATE_UNKNOWN: u8 = 0;
-/// Entered a CPU at its last switch.
+/// Was seen to get a CPU since.
 pub const STATE_ON_CPU: u8 = 1;
-/// Left its CPU at its last switch, to sleep.
+/// Left its CPU to sleep.
 pub const STATE_SLEEPING: u8 = 2;
-/// Left its CPU at its last switch, but could have run on.
+/// Left its CPU, but could have run on.
 pub const STATE_PREEMPTED: u8 = 3;
-/// Left its CPU at its last switch because the CFS quota of its cgroup was used up.
+/// Left its CPU because the CFS quota of its cgroup was used up.
 pub const STATE_THROTTLED: u8 = 4;
+/// Lost its CPU when it was about to sleep. The kernel does not take it for one that waits (`sched_info_depart()`).
+pub const STATE_INTERRUPTED: u8 = 5;
 
 /// Groups of siblings that can be kept at once.
 pub const GROUPS: u32 = 2_048;
@@ -247,11 +250,11 @@ pub struct Reading {
     pub preemptions: u32,
     /// As in [`Thread`].
     pub yields: u32,
-    /// As in [`Thread`].
+    /// Runs after a switch away to sleep, one in progress included: the wakeups that led to a run.
     pub wakeups: u32,
-    /// As in [`Thread`].
+    /// As in [`Thread`], that of a run in progress included.
     pub migrations: u32,
-    /// As in [`Thread`].
+    /// As in [`Thread`], that of a run in progress included.
     pub node_migrations: u32,
     /// What it does at this moment: [`NOW_RUNNING`], [`NOW_WAITING`] or [`NOW_SLEEPING`].
     pub doing: u32,
@@ -348,21 +351,32 @@ pub const fn bucket(ns: u64) -> u32 {
     if index < LAST_BUCKET { index } else { LAST_BUCKET }
 }
 
-/// Position of the highest bit of a number that is not 0. Written out, because BPF has no instruction for it and
-/// the compiler's own replacement is longer.
+/// Position of the highest bit of a number that is not 0. BPF has no instruction for it. Of a byte it is looked up:
+/// further halving would branch on bits that differ from one duration to the next, which no CPU foresees.
 #[inline(always)]
 const fn log2(mut value: u64) -> u32 {
     let mut log = 0;
     let mut step = 32;
-    while step > 0 {
+    while step > 4 {
         if value >> step != 0 {
             value >>= step;
             log += step;
         }
         step /= 2;
     }
-    log
+    log + LOG2_OF_BYTE[(value & 0xff) as usize] as u32
 }
+
+/// Position of the highest bit of each byte; 0 for 0.
+static LOG2_OF_BYTE: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut byte = 2;
+    while byte < 256 {
+        table[byte] = table[byte / 2] + 1;
+        byte += 1;
+    }
+    table
+};
 
 /// The durations that a bucket stands for, nanoseconds: from the first to before the second. The last bucket has no
 /// upper end; it is given as `u64::MAX`.
@@ -401,7 +415,7 @@ pub struct Culprit {
 
 /// A thread of a process.
 pub const KIND_PROCESS: u32 = 1;
-/// A kernel thread.
+/// A kernel thread, or one of vhost's, which since Linux 6.4 are threads of the process.
 pub const KIND_KERNEL: u32 = 2;
 /// Nobody: the CPU was idle and had to wake up.
 pub const KIND_IDLE: u32 = 3;
@@ -529,6 +543,8 @@ pub struct Layout {
     pub task_pid: u32,
     /// `task_struct.on_cpu`.
     pub task_on_cpu: u32,
+    /// `task_struct.thread_info.cpu`, `task_struct.cpu` before Linux 5.16: the CPU that it is on or was last.
+    pub task_cpu: u32,
     /// `task_struct.start_boottime`.
     pub task_start_boottime: u32,
     /// `task_struct.se.sum_exec_runtime`.
@@ -593,6 +609,7 @@ impl Layout {
     pub const ZERO: Self = Self {
         task_pid: 0,
         task_on_cpu: 0,
+        task_cpu: 0,
         task_start_boottime: 0,
         task_sum_exec_runtime: 0,
         task_exec_start: 0,
@@ -628,34 +645,24 @@ const _: () = assert!(size_of::<Reading>() == 104);
 const _: () = assert!(size_of::<Clock>() == 40);
 const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1088);
 const _: () = assert!(size_of::<History>() == 8 + 48 * STINTS);
-const _: () = assert!(size_of::<Layout>() == 116);
-const _: () = assert!(THREADS as usize * 4 == TABLE_ENTRIES && THREADS.is_multiple_of(READ_BATCH));
+const _: () = assert!(size_of::<Layout>() == 120);
+const _: () = assert!(THREADS.is_multiple_of(READ_BATCH) && THREADS < u16::MAX as u32);
+const _: () = assert!(4 * HISTOGRAMS < CLOCK_THREAD as u32);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn table_start_stays_inside_the_table() {
-        for tid in [0, 1, 65_535, 65_536, 4_194_303, u32::MAX] {
-            assert!((table_start(tid) as usize) < TABLE_ENTRIES, "{tid}");
+    fn every_thread_id_has_its_own_two_bits() {
+        let mut taken = [0_u64; MARK_WORDS];
+        for tid in 0..TID_PLACES {
+            let (word, bit) = mark_place(tid);
+            assert_eq!(taken[word] >> bit & 3, 0, "{tid}");
+            taken[word] |= (MARK_FOLLOWED | MARK_ARRIVES) << bit;
+            assert_eq!(mark_place(tid + TID_PLACES), (word, bit));
         }
-        let start = table_start(4_000_000);
-        assert!((0..4).all(|i| table_start(4_000_000 + i) == start + i), "neighbours are apart");
-    }
-
-    /// As many threads as can be followed, of processes with 64 each, find a place.
-    #[test]
-    fn the_table_has_room_for_all() {
-        let mut taken = [false; TABLE_ENTRIES];
-        for process in 0..THREADS / 64 {
-            for tid in (0..64).map(|i| 1000 + process * 331 + i) {
-                let entry = (0..TABLE_PROBES)
-                    .map(|i| (table_start(tid) + i) as usize % TABLE_ENTRIES)
-                    .find(|entry| !taken[*entry]);
-                taken[entry.unwrap()] = true;
-            }
-        }
+        assert!(taken.iter().all(|word| *word == u64::MAX));
     }
 
     #[test]
@@ -677,13 +684,5 @@ mod tests {
         assert_eq!(Clock::ZERO.best(), None);
         let clock = Clock { sched_minus_mono_ns: [-7, -5, NOT_COMPARED, -9], ..Clock::ZERO };
         assert_eq!(clock.best(), Some(-5));
-    }
-
-    #[test]
-    fn table_entry_is_found_by_its_own_tid_only() {
-        let entry = table_entry(4_194_303, 8_191);
-        assert_eq!(table_slot(entry, 4_194_303), Some(8_191));
-        assert_eq!(table_slot(entry, 4_194_302), None);
-        assert_eq!(table_slot(0, 1), None);
     }
 }

@@ -3,7 +3,8 @@
 //! No program here reads a clock for a followed thread (a `bpf_ktime_get_ns` costs more than all the rest):
 //! when a thread leaves a CPU the kernel has just brought `se.sum_exec_runtime` and `sched_info.run_delay` up
 //! to date, so the switch only copies them. What lies after that moment, a run or a wait still in progress, is
-//! added by `read_threads` when user space asks.
+//! added by `read_threads` when user space asks. Nothing is done when a thread gets a CPU that can be found out later: the
+//! kernel keeps when that was (`sched_info.last_arrival`), and the CPU is the one it leaves.
 
 use core::ffi::c_void;
 
@@ -16,10 +17,11 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, RawTracePointContext},
 };
 use monitor_ebpf::{
-    ARMED, CLOCK_THREAD, COMPARISONS, CPUS, Clock, FILTER_BITS, Filter, GROUPS, Group, HISTOGRAMS, Histogram,
-    Histograms, NO_FIELD, NOW_RUNNING, NOW_SLEEPING, NOW_WAITING, Nodes, READ_BATCH, READ_LAST, READ_LIVE,
-    READ_NOTHING, READ_TORN, Reading, STATE_ON_CPU, STATE_PREEMPTED, STATE_SLEEPING, STATE_THROTTLED,
-    STATE_UNKNOWN, TABLE_ENTRIES, TABLE_PROBES, THREADS, Table, Thread, bucket, table_slot, table_start,
+    ARMED, CHAIN, CLOCK_THREAD, COMPARISONS, CPUS, Clock, Filter, GROUPS, Group, HISTOGRAMS, Histogram,
+    Histograms, MARK_ARRIVES, MARK_FOLLOWED, NO_FIELD, NOW_RUNNING, NOW_SLEEPING, NOW_WAITING, Nodes,
+    READ_BATCH, READ_LAST, READ_LIVE, READ_NOTHING, READ_TORN, Reading, STATE_INTERRUPTED, STATE_ON_CPU,
+    STATE_PREEMPTED, STATE_SLEEPING, STATE_THROTTLED, STATE_UNKNOWN, THREADS, TID_PLACES, Thread, bucket,
+    mark_place,
 };
 
 use crate::{
@@ -30,8 +32,6 @@ use crate::{
 
 #[map(name = "FILTER")]
 static FILTER: Array<Filter> = Array::with_max_entries(1, BPF_F_MMAPABLE);
-#[map(name = "TABLE")]
-static TABLE: Array<Table> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map(name = "THREADS")]
 static THREAD_SLOTS: Array<Thread> = Array::with_max_entries(THREADS, BPF_F_MMAPABLE);
 #[map(name = "READINGS")]
@@ -51,8 +51,8 @@ static NODES: Nodes = [0; CPUS as usize + 1];
 /// prev_state)`, on the CPU that switches, with the run queue locked.
 ///
 /// For a followed `prev`: copies the kernel's run and wait time into its slot, adds the time on the CPU, counts, and
-/// adds the run and the wait before it to the histograms. For a followed `next`: charges its wait to who
-/// had the CPU, and notes that it is on one. For a `prev` that ends, see `thread_ended`. All times are nanoseconds. Everybody
+/// adds the run and the wait before it to the histograms. For a followed `next` that is marked so: charges its wait to who
+/// had the CPU, and tells its group. For a `prev` that ends, see `thread_ended`. All times are nanoseconds. Everybody
 /// else pays one bit test each, and one byte test for the history of the CPU; what they do not need is in functions of its
 /// own, so that they do not pay for its registers either.
 #[btf_tracepoint(function = "sched_switch")]
@@ -61,15 +61,12 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     let cpu = unsafe { bpf_get_smp_processor_id() };
     let Some(filter) = filter() else { return 0 };
     let (prev, next): (Address, Address) = (ctx.arg(1), ctx.arg(2));
-    // SAFETY: both are arguments of a BTF tracepoint.
-    let (out, into) =
-        unsafe { (load::<u32>(prev, offset(&LAYOUT.task_pid)), load::<u32>(next, offset(&LAYOUT.task_pid))) };
+    let out = tid(prev);
+    let ways = marks(filter, out) & LEAVES | marks(filter, tid(next)) & COMES | ctx.arg::<u64>(3) & TASK_DEAD;
     let is_armed = filter.armed.get(cpu as usize).is_some_and(|armed| get(armed) != 0);
-    let (leaves, comes) = (may_be_followed(filter, out), may_be_followed(filter, into));
-    if leaves || comes || ctx.arg::<u32>(3) & TASK_DEAD != 0 {
-        let preempt = ctx.arg::<u32>(0) & 1;
-        let ways = (u32::from(leaves) * LEAVES) | (u32::from(comes) * COMES) | (preempt * PREEMPTED);
-        switched(ways, prev, next, ctx.arg(3));
+    if ways != 0 {
+        let leaving = if ways & LEAVES != 0 { find(filter, out) } else { None };
+        switched(filter, &ctx, leaving, (ways, cpu));
     }
     if is_armed {
         // Last, so that the history holds only what is over when a wait is charged.
@@ -80,72 +77,99 @@ pub(crate) fn sched_switch(ctx: BtfTracePointContext) -> i32 {
 }
 
 /// The thread that leaves may be followed.
-const LEAVES: u32 = 1;
-/// The thread that comes may be.
-const COMES: u32 = 2;
-/// The thread that leaves could run on.
-const PREEMPTED: u32 = 4;
+const LEAVES: u64 = MARK_FOLLOWED;
+/// The thread that comes may be one to look at then.
+const COMES: u64 = MARK_ARRIVES;
+/// From this bit on: one of the `STATE_…` numbers, what the thread that leaves is from now on.
+const STATE_LOG2: u32 = 8;
 
-/// A switch from or to a thread that may be followed, or from one that ends; see `sched_switch`.
-#[inline(never)]
-fn switched(ways: u32, prev: Address, next: Address, prev_state: u32) {
-    // SAFETY: both are arguments of a BTF tracepoint.
-    let (out, into) =
-        unsafe { (load::<u32>(prev, offset(&LAYOUT.task_pid)), load::<u32>(next, offset(&LAYOUT.task_pid))) };
-    let Some(table) = table() else { return };
-    // Both are looked up before anything is done for either: what is not in the cache comes while the rest is done.
-    let mut coming = if ways & COMES != 0 { find(table, into) } else { None };
-    let leaving = if ways & LEAVES != 0 { find(table, out) } else { None };
-    let now = clock(prev);
-    // SAFETY: `next` is an argument of a BTF tracepoint. `sched_info_arrive()` clears this just afterwards.
-    let queued: u64 = unsafe { load(next, offset(&LAYOUT.task_last_queued)) };
-    // First, because the verifier goes through all that follows once for each way that led there.
-    if let Some(thread) = &mut coming
-        && let (Some(place), true) = (thread.histograms.checked_sub(1), queued != 0 && queued < now)
-    {
+/// The thread id of an argument of a BTF tracepoint.
+#[inline(always)]
+fn tid(task: Address) -> u32 {
+    // SAFETY: as the caller says.
+    unsafe { load(task, offset(&LAYOUT.task_pid)) }
+}
+
+/// A switch from or to a thread that may be followed, or from one that ends; see `sched_switch`. What most switches of such
+/// threads need is here in one piece, the rest in functions of its own: the programs' code is not in the first-level cache
+/// when a switch comes, and every line of it costs.
+#[inline(always)]
+fn switched(
+    filter: &Filter,
+    ctx: &BtfTracePointContext,
+    leaving: Option<&'static mut Thread>,
+    (ways, cpu): (u64, u32),
+) {
+    let (prev, next): (Address, Address) = (ctx.arg(1), ctx.arg(2));
+    let prev_state: u32 = ctx.arg(3);
+    let state = if prev_state == 0 {
         // SAFETY: `prev` is an argument of a BTF tracepoint.
-        unsafe { charge(thread, place, prev, (queued, now)) };
+        if unsafe { is_throttled(prev) } { STATE_THROTTLED } else { STATE_PREEMPTED }
+    } else if ctx.arg::<u32>(0) & 1 == 0 {
+        STATE_SLEEPING
+    } else {
+        STATE_INTERRUPTED
+    };
+    let with_group = leaving.as_ref().is_some_and(|thread| thread.group != 0);
+    if ways & COMES != 0 || with_group {
+        // Before anything is stored for the thread that leaves: a locked instruction waits for all stores before it.
+        tell_others(filter, leaving.as_deref(), ways | u64::from(state) << STATE_LOG2, (prev, next));
     }
-    let mut groups = Groups { left: 0, left_step: 0, entered: 0, entered_step: 0 };
     if let Some(thread) = leaving {
-        // As the kernel decides between `nivcsw` and `nvcsw` in `__schedule()`.
-        let preempted = ways & PREEMPTED != 0 || prev_state == 0;
-        let state = match preempted {
-            // SAFETY: `prev` is an argument of a BTF tracepoint.
-            true if unsafe { is_throttled(prev) } => STATE_THROTTLED,
-            true => STATE_PREEMPTED,
-            false => STATE_SLEEPING,
-        };
-        if state == STATE_THROTTLED {
-            let before = throttled_time(prev as u64, now).unwrap_or(0);
-            set(&mut thread.throttled_before_ns, before);
-        }
-        groups.left = thread.group;
-        groups.left_step = Group::share(state).wrapping_sub(Group::share(thread.state));
-        leave(thread, prev, now, state);
-        if preempted {
-            arm();
+        leave(thread, prev, (clock(prev), cpu), state);
+        if prev_state == 0 {
+            arm(filter, cpu);
         }
     }
-    if let Some(thread) = coming {
-        groups.entered = thread.group;
-        groups.entered_step = Group::share(STATE_ON_CPU).wrapping_sub(Group::share(thread.state));
-        if thread.state == STATE_SLEEPING
-            && queued != 0
-            && let Some(group) = group(thread.group)
-        {
-            waited(group, queued, now);
-        }
-        enter(thread, next, now);
-    }
-    groups.change(now);
-    if prev_state & TASK_DEAD != 0 {
+    if ways & TASK_DEAD != 0 {
         thread_ended(prev as u64);
     }
 }
 
+/// What a switch means to others than the thread that leaves: to the one that comes, and to the groups of both.
+#[inline(never)]
+fn tell_others(filter: &Filter, leaving: Option<&Thread>, ways: u64, (prev, next): (Address, Address)) {
+    let coming = if ways & COMES != 0 { find(filter, tid(next)) } else { None };
+    let now = clock(prev);
+    let mut groups = Groups { left: 0, left_step: 0, entered: 0, entered_step: 0 };
+    // First, because the verifier goes through all that follows once for each way that led there.
+    if let Some(thread) = coming {
+        come(thread, (prev, next), now, &mut groups);
+    }
+    if let Some(thread) = leaving {
+        let state = (ways >> STATE_LOG2 & 0xff) as u8;
+        groups.left = thread.group;
+        groups.left_step = Group::share(state).wrapping_sub(Group::share(thread.counts_as));
+    }
+    groups.change(now);
+}
+
+/// A thread gets this CPU, and is one to look at then.
+#[inline(always)]
+fn come(thread: &mut Thread, (prev, next): (Address, Address), now: u64, groups: &mut Groups) {
+    // SAFETY: `next` is an argument of a BTF tracepoint. `sched_info_arrive()` clears this just afterwards.
+    let queued: u64 = unsafe { load(next, offset(&LAYOUT.task_last_queued)) };
+    if thread.charged != 0
+        && let (Some(place), true) = (thread.histograms.checked_sub(1), queued != 0 && queued < now)
+    {
+        // SAFETY: `prev` is an argument of a BTF tracepoint.
+        unsafe { charge(thread, place.into(), prev, (queued, now)) };
+    }
+    if thread.group != 0 {
+        groups.entered = thread.group;
+        groups.entered_step = Group::share(STATE_ON_CPU).wrapping_sub(Group::share(thread.counts_as));
+        if thread.state == STATE_SLEEPING && queued != 0 {
+            waited(thread.group, queued, now);
+        }
+    }
+    set(&mut thread.counts_as, STATE_ON_CPU);
+    if thread.histograms == CLOCK_THREAD {
+        compare_clocks(now);
+    }
+}
+
 /// `TASK_DEAD` of `include/linux/sched.h` (Linux 4.14): the thread never runs again.
-const TASK_DEAD: u32 = 0x80;
+const TASK_DEAD: u64 = 0x80;
 
 /// The clock of this CPU's run queue, nanoseconds: read at the start of this switch.
 #[inline(always)]
@@ -154,13 +178,17 @@ fn clock(prev: Address) -> u64 {
     unsafe { load(run_queue(prev), offset(&LAYOUT.rq_clock)) }
 }
 
-/// A thread that was not seen to come is one all the same: where programs do not run for some of the host's threads, no
-/// switch from such a thread is seen.
+/// A thread leaves its CPU. All that its run was is settled here, whether it was seen to come or not: where programs do not
+/// run for some of the host's threads, no switch from such a thread is seen.
 #[inline(always)]
-fn leave(thread: &mut Thread, task: Address, now: u64, state: u8) {
+fn leave(thread: &mut Thread, task: Address, (now, cpu): (u64, u32), state: u8) {
     // SAFETY: `task` is an argument of a BTF tracepoint.
-    let (run, wait): (u64, u64) = unsafe {
-        (load(task, offset(&LAYOUT.task_sum_exec_runtime)), load(task, offset(&LAYOUT.task_run_delay)))
+    let (run, wait, arrived): (u64, u64, u64) = unsafe {
+        (
+            load(task, offset(&LAYOUT.task_sum_exec_runtime)),
+            load(task, offset(&LAYOUT.task_run_delay)),
+            load(task, offset(&LAYOUT.task_last_arrival)),
+        )
     };
     let was = thread.state;
     if was != STATE_UNKNOWN
@@ -170,25 +198,26 @@ fn leave(thread: &mut Thread, task: Address, now: u64, state: u8) {
         count(&mut histograms.run, run.wrapping_sub(thread.run_ns));
         if waited != 0 {
             count(&mut histograms.wait, waited);
-        }
-        if was != STATE_ON_CPU {
-            charge_nobody(thread, waited);
+            if thread.charged != 0 && thread.counts_as != STATE_ON_CPU {
+                charge_nobody(thread, waited);
+            }
         }
     }
-    let arrived = if was == STATE_ON_CPU {
-        thread.since_ns
-    } else {
-        // SAFETY: `task` is an argument of a BTF tracepoint.
-        unsafe { load(task, offset(&LAYOUT.task_last_arrival)) }
-    };
     let sequence = begin(thread);
-    note_identity(thread, task);
+    if was == STATE_UNKNOWN {
+        note_identity(thread, task);
+    }
+    if was == STATE_THROTTLED || state == STATE_THROTTLED {
+        throttled(thread, task as u64, state, (arrived, now));
+    }
     let on_cpu_ns = thread.on_cpu_ns.wrapping_add(now.wrapping_sub(arrived));
     set(&mut thread.on_cpu_ns, on_cpu_ns);
     set(&mut thread.run_ns, run);
     set(&mut thread.wait_ns, wait);
     set(&mut thread.since_ns, now);
     set(&mut thread.state, state);
+    set(&mut thread.counts_as, state);
+    // As the kernel decides between `nvcsw` and `nivcsw` in `__schedule()`.
     if state == STATE_SLEEPING {
         let yields = thread.yields.wrapping_add(1);
         set(&mut thread.yields, yields);
@@ -196,51 +225,53 @@ fn leave(thread: &mut Thread, task: Address, now: u64, state: u8) {
         let preemptions = thread.preemptions.wrapping_add(1);
         set(&mut thread.preemptions, preemptions);
     }
+    if u32::from(thread.last_cpu) != cpu + 1 {
+        migrated(thread, cpu + 1);
+    }
     end(thread, sequence);
     if thread.histograms == CLOCK_THREAD {
         compare_clocks(now);
     }
 }
 
-#[inline(always)]
-fn enter(thread: &mut Thread, task: Address, now: u64) {
-    // SAFETY: plain helper call.
-    let cpu = unsafe { bpf_get_smp_processor_id() };
-    let was = thread.state;
-    let sequence = begin(thread);
-    note_identity(thread, task);
-    if was == STATE_SLEEPING {
-        let wakeups = thread.wakeups.wrapping_add(1);
-        set(&mut thread.wakeups, wakeups);
-    } else if was == STATE_THROTTLED {
-        let throttled = thread.throttled_ns.wrapping_add(throttled_part(thread, task as u64, cpu, now));
+/// The thread leaves another CPU than the last time. Numbers of CPUs are numbers plus 1, as `Nodes` has them.
+#[inline(never)]
+fn migrated(thread: &mut Thread, to: u32) {
+    let from = u32::from(thread.last_cpu);
+    if from != 0 {
+        let migrations = thread.migrations.wrapping_add(1);
+        set(&mut thread.migrations, migrations);
+        if other_node(from, to) {
+            let migrations = thread.node_migrations.wrapping_add(1);
+            set(&mut thread.node_migrations, migrations);
+        }
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "the kernel has at most 8192 CPUs")]
+    set(&mut thread.last_cpu, to as u16);
+}
+
+/// The wait before the run that ends now was one for a quota, or the next one is.
+#[inline(never)]
+fn throttled(thread: &mut Thread, task: u64, state: u8, (arrived, now): (u64, u64)) {
+    if thread.state == STATE_THROTTLED {
+        // SAFETY: plain helper call.
+        let cpu = unsafe { bpf_get_smp_processor_id() };
+        let part = throttled_part(thread, task, cpu, (arrived, now));
+        let throttled = thread.throttled_ns.wrapping_add(part);
         set(&mut thread.throttled_ns, throttled);
     }
-    set(&mut thread.state, STATE_ON_CPU);
-    set(&mut thread.since_ns, now);
-    if u32::from(thread.last_cpu) != cpu + 1 {
-        if thread.last_cpu != 0 {
-            migrated(thread, u32::from(thread.last_cpu), cpu + 1);
-        }
-        #[expect(clippy::cast_possible_truncation, reason = "the kernel has at most 8192 CPUs")]
-        set(&mut thread.last_cpu, cpu as u16 + 1);
-    }
-    end(thread, sequence);
-    if thread.histograms == CLOCK_THREAD {
-        compare_clocks(now);
+    if state == STATE_THROTTLED {
+        let before = throttled_time(task, now).unwrap_or(0);
+        set(&mut thread.throttled_before_ns, before);
     }
 }
 
-/// Both CPUs are numbers plus 1, as `Nodes` has them.
+/// Whether two CPUs are known to belong to different NUMA nodes; numbers as for `migrated`.
 #[inline(always)]
-fn migrated(thread: &mut Thread, from: u32, to: u32) {
-    let migrations = thread.migrations.wrapping_add(1);
-    set(&mut thread.migrations, migrations);
-    if let (Some(from), Some(to)) = (NODES.get(from as usize), NODES.get(to as usize))
-        && get(from) != get(to)
-    {
-        let migrations = thread.node_migrations.wrapping_add(1);
-        set(&mut thread.node_migrations, migrations);
+fn other_node(from: u32, to: u32) -> bool {
+    match (NODES.get(from as usize), NODES.get(to as usize)) {
+        (Some(from), Some(to)) => get(from) != get(to),
+        _ => false,
     }
 }
 
@@ -291,8 +322,9 @@ fn change(group: &mut Group, step: u64, now: u64) {
 
 /// A member that nobody knew to wait has waited from `queued` until now: wakeups are not followed. While another waits its
 /// time is counted already. Of the time before the last change of the group nothing is known.
-#[inline(always)]
-fn waited(group: &mut Group, queued: u64, now: u64) {
+#[inline(never)]
+fn waited(place: u16, queued: u64, now: u64) {
+    let Some(group) = group(place) else { return };
     let members = get(&group.members);
     let changed = get(&group.changed_ns);
     let since = if changed > queued { changed } else { queued };
@@ -334,11 +366,12 @@ fn throttled_time(task: u64, now: u64) -> Option<u64> {
     Some(before + if since == 0 { 0 } else { now.saturating_sub(since) })
 }
 
-/// The part of a wait that began with the quota used up in which it still was: all of it where the kernel does not say, or
-/// says it of another CPU's queue.
+/// The part of a wait that began with the quota used up, and ended at the first of the times, in which it still was: all of
+/// it where the kernel does not say, or says it of another CPU's queue. The second time is the present: the queue of a
+/// thread that runs is not throttled.
 #[inline(always)]
-fn throttled_part(thread: &Thread, task: u64, cpu: u32, now: u64) -> u64 {
-    let wait = now.saturating_sub(get(&thread.since_ns));
+fn throttled_part(thread: &Thread, task: u64, cpu: u32, (until, now): (u64, u64)) -> u64 {
+    let wait = until.saturating_sub(get(&thread.since_ns));
     if u32::from(get(&thread.last_cpu)) != cpu + 1 {
         return wait;
     }
@@ -381,7 +414,7 @@ pub(crate) fn get<T>(place: &T) -> T {
 fn histograms(thread: &Thread) -> Option<&'static mut Histograms> {
     let index = thread.histograms.checked_sub(1)?;
     // SAFETY: a valid map value; only the CPU that switches the thread changes it.
-    unsafe { HISTOGRAM_SETS.get_ptr_mut(index)?.as_mut() }
+    unsafe { HISTOGRAM_SETS.get_ptr_mut(index.into())?.as_mut() }
 }
 
 #[inline(always)]
@@ -391,10 +424,10 @@ fn count(histogram: &mut Histogram, ns: u64) {
     }
 }
 
-#[inline(always)]
+#[inline(never)]
 fn note_identity(thread: &mut Thread, task: Address) {
-    // A thread keeps its `task_struct`, so the first switch told it all.
-    if thread.state == STATE_UNKNOWN && thread.task != task as u64 {
+    // A thread keeps its `task_struct`, so the first switch tells it all.
+    if thread.task != task as u64 {
         set(&mut thread.task, task as u64);
         // SAFETY: `task` is an argument of a BTF tracepoint or of the task iterator.
         set(&mut thread.start_boottime_ns, unsafe { load(task, offset(&LAYOUT.task_start_boottime)) });
@@ -402,7 +435,7 @@ fn note_identity(thread: &mut Thread, task: Address) {
 }
 
 /// `sched` is the run queue's clock, read a moment ago at the start of this switch.
-#[inline(always)]
+#[inline(never)]
 fn compare_clocks(sched: u64) {
     let Some(clock) = CLOCK.get_ptr_mut(0) else { return };
     // SAFETY: `clock` is a valid map value, and kvm-monitor's thread is on one CPU at a time.
@@ -420,58 +453,63 @@ pub(crate) fn filter() -> Option<&'static Filter> {
     FILTER.get_ptr(0).map(|filter| unsafe { &*filter })
 }
 
-/// One bit: whether it is worth looking for the thread in the table.
+/// What is known of the threads with such an id: [`MARK_FOLLOWED`], [`MARK_ARRIVES`], and what else is there.
 #[inline(always)]
-fn may_be_followed(filter: &Filter, tid: u32) -> bool {
-    let bit = tid % FILTER_BITS;
-    filter.threads[(bit / 64) as usize] >> (bit % 64) & 1 != 0
+fn marks(filter: &Filter, tid: u32) -> u64 {
+    let (word, bit) = mark_place(tid);
+    filter.marks[word] >> bit
 }
 
-/// The first look of [`may_be_followed`], for programs that look for one thread only.
+/// The first look at a thread, for programs that look for one thread only.
 #[inline(always)]
 pub(crate) fn is_followed(tid: u32) -> bool {
-    filter().is_some_and(|filter| may_be_followed(filter, tid))
+    filter().is_some_and(|filter| marks(filter, tid) & MARK_FOLLOWED != 0)
 }
 
 /// From now on this CPU writes its history: a followed thread waits here.
 #[inline(always)]
-pub(crate) fn arm() {
-    // SAFETY: a valid map value; only this CPU sets its byte, and clearing it at the same time does no harm.
-    let Some(filter) = (unsafe { FILTER.get_ptr_mut(0).and_then(|filter| filter.as_mut()) }) else { return };
-    // SAFETY: plain helper call.
-    if let Some(armed) = filter.armed.get_mut(unsafe { bpf_get_smp_processor_id() } as usize)
+pub(crate) fn arm(filter: &Filter, cpu: u32) {
+    if let Some(armed) = filter.armed.get(cpu as usize)
         && get(armed) != ARMED
     {
-        set(armed, ARMED);
+        // SAFETY: in a map, whose memory is writable whatever the reference says; only this CPU sets its byte, and clearing
+        // it at the same time does no harm.
+        unsafe { core::ptr::from_ref(armed).cast_mut().write_volatile(ARMED) };
     }
-}
-
-#[inline(always)]
-fn table() -> Option<&'static Table> {
-    // SAFETY: a valid map value for the life of the program; user space changes whole words.
-    TABLE.get_ptr(0).map(|table| unsafe { &*table })
 }
 
 /// The slot of a followed thread.
 #[inline(always)]
 pub(crate) fn followed(tid: u32) -> Option<&'static mut Thread> {
-    find(table()?, tid)
+    find(filter()?, tid)
 }
 
 #[inline(always)]
-fn find(table: &Table, tid: u32) -> Option<&'static mut Thread> {
-    // Read back, so that the compiler does not know that it is small enough and leaves out the bound below, which the
-    // verifier of Linux 6.1 needs: it does not follow how the number is made.
-    let start = get(&table_start(tid));
-    for i in 0..TABLE_PROBES {
-        if let Some(slot) = table_slot(table.0[(start + i) as usize % TABLE_ENTRIES], tid) {
-            // SAFETY: a valid map value; at most one CPU switches a given thread at a time.
-            let thread = unsafe { THREAD_SLOTS.get_ptr_mut(slot)?.as_mut()? };
-            // The slot may just have been given to another thread.
-            return (thread.tid == tid).then_some(thread);
+fn find(filter: &Filter, tid: u32) -> Option<&'static mut Thread> {
+    let thread = slot(filter.first[(tid % TID_PLACES) as usize])?;
+    // The slot may just have been given to another thread.
+    if thread.tid == tid { Some(thread) } else { find_farther(thread.next, tid) }
+}
+
+/// The rare case that ids of two followed threads share their place.
+#[inline(never)]
+fn find_farther(mut place: u16, tid: u32) -> Option<&'static mut Thread> {
+    for _ in 1..CHAIN {
+        let thread = slot(place)?;
+        if thread.tid == tid {
+            return Some(thread);
         }
+        place = thread.next;
     }
     None
+}
+
+/// The slot at a place plus 1.
+#[inline(always)]
+fn slot(place: u16) -> Option<&'static mut Thread> {
+    let place = u32::from(place).checked_sub(1)?;
+    // SAFETY: a valid map value; at most one CPU switches a given thread at a time.
+    unsafe { THREAD_SLOTS.get_ptr_mut(place)?.as_mut() }
 }
 
 /// `struct bpf_iter__task { meta; task }`: run over all tasks of the host when threads begin to be followed,
@@ -523,26 +561,34 @@ extern "C" fn read_one(i: u64, batch: &mut Batch) -> u64 {
     };
     // SAFETY: valid map values; `read_threads` alone writes readings, one run at a time.
     let (thread, reading) = unsafe { (&*thread, &mut *reading) };
-    read_thread(thread, reading, batch.now);
-    let sched = batch.now.sched;
-    if sched != 0
+    read_thread(thread, reading, &mut batch.now);
+    if batch.now.sched != 0
         && let Some(group) = group(thread.group)
     {
-        read_group(group, sched);
+        read_group(group, &mut batch.now);
     }
     0
 }
 
 /// As of the moment of which the figures of its members are: later its begin or end would be another one.
 #[inline(always)]
-fn read_group(group: &mut Group, sched: u64) {
+fn read_group(group: &mut Group, now: &mut Now) {
     let mut read = Group::TORN;
     for _ in 0..ATTEMPTS {
-        let (members, both_ns) = (get(&group.members), get(&group.both_ns));
-        let now = if Group::both(members) { both_ns.wrapping_add(sched) } else { both_ns };
-        // An addition that is under way on another CPU leaves a number that cannot be.
-        if get(&group.members) == members && get(&group.both_ns) == both_ns && now < Group::TORN / 2 {
-            read = now;
+        let (members, both_ns, changed) = (get(&group.members), get(&group.both_ns), get(&group.changed_ns));
+        if changed > now.sched {
+            // A member was switched since the clock was read.
+            now.refresh();
+        }
+        let at = if Group::both(members) { both_ns.wrapping_add(now.sched) } else { both_ns };
+        // An addition that is under way on another CPU leaves a number that cannot be: below 0, or not below the clock, which
+        // runs since the host started.
+        if get(&group.members) == members
+            && get(&group.both_ns) == both_ns
+            && get(&group.changed_ns) == changed
+            && at < now.sched
+        {
+            read = at;
             break;
         }
     }
@@ -564,40 +610,59 @@ struct Now {
     sched: u64,
 }
 
+impl Now {
+    /// Reads the clock again, for a thread that did something after it was read: as of the moment before, its figures are not
+    /// known any more.
+    #[inline(always)]
+    fn refresh(&mut self) {
+        // SAFETY: plain helper call.
+        self.mono = unsafe { bpf_ktime_get_ns() };
+        self.sched = scheduler_clock(self.mono).unwrap_or(self.sched);
+    }
+}
+
 #[inline(always)]
-fn read_thread(thread: &Thread, reading: &mut Reading, now: Now) {
+fn read_thread(thread: &Thread, reading: &mut Reading, now: &mut Now) {
     reading.tid = thread.tid;
-    reading.read_at_ns = now.mono;
     reading.start_boottime_ns = thread.start_boottime_ns;
+    reading.read_at_ns = now.mono;
     if thread.tid == 0 || thread.task == 0 {
         reading.status = READ_NOTHING;
         return;
     }
-    let sched = now.sched;
-    if sched == 0 {
-        reading.status = READ_TORN;
+    reading.status = READ_TORN;
+    if now.sched == 0 {
         return;
     }
-    reading.sched_ns = sched;
     for _ in 0..ATTEMPTS {
         let sequence = get(&thread.sequence);
-        let status = read_once(thread, reading, sched);
-        if sequence & 1 == 0 && get(&thread.sequence) == sequence && status != READ_TORN {
-            reading.status = status;
-            return;
+        let Some((status, latest)) = read_once(thread, reading, now.sched) else { continue };
+        if sequence & 1 != 0 || get(&thread.sequence) != sequence {
+            continue;
         }
+        if latest > now.sched {
+            now.refresh();
+            continue;
+        }
+        reading.status = status;
+        break;
     }
-    reading.status = READ_TORN;
+    reading.read_at_ns = now.mono;
+    reading.sched_ns = now.sched;
 }
 
 /// Attempts to read a thread while its figures change.
 const ATTEMPTS: u32 = 4;
 
+/// What kind of reading it is, and the scheduler's clock at the last thing that the thread did, nanoseconds; `None` if the
+/// figures could not be read or changed meanwhile.
 #[inline(always)]
-fn read_once(thread: &Thread, reading: &mut Reading, sched: u64) -> u32 {
+fn read_once(thread: &Thread, reading: &mut Reading, sched: u64) -> Option<(u32, u64)> {
+    let slept = u32::from(get(&thread.state) == STATE_SLEEPING);
     reading.preemptions = get(&thread.preemptions);
     reading.yields = get(&thread.yields);
-    reading.wakeups = get(&thread.wakeups);
+    // Each time that it went to sleep it was woken up and ran, but for the last time.
+    reading.wakeups = reading.yields.wrapping_sub(slept);
     reading.migrations = get(&thread.migrations);
     reading.node_migrations = get(&thread.node_migrations);
     reading.throttled_ns = get(&thread.throttled_ns);
@@ -608,56 +673,71 @@ fn read_once(thread: &Thread, reading: &mut Reading, sched: u64) -> u32 {
         reading.run_ns = get(&thread.run_ns);
         reading.wait_ns = get(&thread.wait_ns);
         reading.doing = NOW_SLEEPING;
-        return READ_LAST;
+        return Some((READ_LAST, get(&thread.since_ns)));
     }
-    if read_live(thread, reading, sched).is_some() { READ_LIVE } else { READ_TORN }
+    Some((READ_LIVE, read_live(thread, reading, sched)?))
 }
 
-/// `None` if the figures could not be read or changed meanwhile.
+/// `None` if the figures could not be read or changed meanwhile; else the scheduler's clock at the last of what the thread
+/// did, nanoseconds.
 #[inline(always)]
-fn read_live(thread: &Thread, reading: &mut Reading, now: u64) -> Option<()> {
+fn read_live(thread: &Thread, reading: &mut Reading, now: u64) -> Option<u64> {
     let task = thread.task;
+    let (state, since) = (get(&thread.state), get(&thread.since_ns));
     let run: u64 = probe(task, offset(&LAYOUT.task_sum_exec_runtime))?;
     let wait: u64 = probe(task, offset(&LAYOUT.task_run_delay))?;
     let queued: u64 = probe(task, offset(&LAYOUT.task_last_queued))?;
+    let arrived: u64 = probe(task, offset(&LAYOUT.task_last_arrival))?;
+    let mut latest = since;
     reading.doing = NOW_SLEEPING;
-    if let Some(since) = on_cpu_since(thread, queued)? {
-        // The kernel adds the wait before this run, and clears `last_queued`, just after the switch was traced.
-        if queued != 0 {
-            return None;
-        }
-        reading.doing = NOW_RUNNING;
-        reading.on_cpu_ns = reading.on_cpu_ns.wrapping_add(now.saturating_sub(since));
-        reading.open_run_ns = open_run(task, run, now)?;
-    } else if queued != 0 {
+    if queued != 0 {
         // sched_info_enqueue() stamps last_queued, sched_info_arrive() adds to run_delay and clears it.
+        latest = if queued > since { queued } else { since };
         reading.doing = NOW_WAITING;
         reading.open_wait_ns = now.saturating_sub(queued);
-        if get(&thread.state) == STATE_THROTTLED {
+        if state == STATE_THROTTLED {
             let cpu = u32::from(get(&thread.last_cpu)).wrapping_sub(1);
-            reading.throttled_ns = reading.throttled_ns.wrapping_add(throttled_part(thread, task, cpu, now));
+            reading.throttled_ns =
+                reading.throttled_ns.wrapping_add(throttled_part(thread, task, cpu, (now, now)));
         }
+    } else if is_on_cpu(task, arrived, since)? {
+        latest = arrived;
+        reading.doing = NOW_RUNNING;
+        reading.on_cpu_ns = reading.on_cpu_ns.wrapping_add(now.saturating_sub(arrived));
+        reading.open_run_ns = open_run(task, run, now)?;
+        reading.wakeups = reading.yields;
+        let cpu: u32 = probe(task, offset(&LAYOUT.task_cpu))?;
+        if state == STATE_THROTTLED {
+            reading.throttled_ns =
+                reading.throttled_ns.wrapping_add(throttled_part(thread, task, cpu, (arrived, now)));
+        }
+        let last_cpu = u32::from(get(&thread.last_cpu));
+        if last_cpu != 0 && last_cpu != cpu.wrapping_add(1) {
+            reading.migrations = reading.migrations.wrapping_add(1);
+            reading.node_migrations =
+                reading.node_migrations.wrapping_add(u32::from(other_node(last_cpu, cpu.wrapping_add(1))));
+        }
+    } else if state == STATE_PREEMPTED || state == STATE_THROTTLED {
+        // The kernel is about to queue it again, here or on another CPU.
+        return None;
     }
     reading.run_ns = run + reading.open_run_ns;
     reading.wait_ns = wait + reading.open_wait_ns;
-    (probe::<u64>(task, offset(&LAYOUT.task_run_delay))? == wait).then_some(())
+    // What the kernel changes when it gives the thread a CPU, in this order: `sched_info_arrive()`.
+    let same = probe::<u64>(task, offset(&LAYOUT.task_last_queued))? == queued
+        && probe::<u64>(task, offset(&LAYOUT.task_run_delay))? == wait
+        && probe::<u64>(task, offset(&LAYOUT.task_last_arrival))? == arrived;
+    same.then_some(latest)
 }
 
-/// Since when a thread has been on its CPU, if it is; the outer `None` if that could not be read.
+/// Whether a thread that does not wait is on a CPU: it has got one since it left its last. One that was not seen to leave
+/// any says itself.
 #[inline(always)]
-fn on_cpu_since(thread: &Thread, queued: u64) -> Option<Option<u64>> {
-    let (state, since) = (get(&thread.state), get(&thread.since_ns));
-    if state == STATE_ON_CPU && since != 0 {
-        return Some(Some(since));
+fn is_on_cpu(task: u64, arrived: u64, since: u64) -> Option<bool> {
+    if since != 0 {
+        return Some(arrived > since);
     }
-    if state != STATE_ON_CPU && queued != 0 {
-        return Some(None);
-    }
-    let on_cpu: u32 = probe(thread.task, offset(&LAYOUT.task_on_cpu))?;
-    let arrived: u64 = probe(thread.task, offset(&LAYOUT.task_last_arrival))?;
-    // One that arrived after it was seen to leave was not seen to come.
-    let is_on_cpu = state == STATE_ON_CPU || on_cpu != 0 && arrived > since;
-    Some(is_on_cpu.then_some(arrived))
+    Some(probe::<u32>(task, offset(&LAYOUT.task_on_cpu))? != 0)
 }
 
 /// Task-clock time since `update_curr()` last added to `sum_exec_runtime`: it stamped `exec_start` with

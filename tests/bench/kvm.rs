@@ -69,7 +69,7 @@ fn rehearse_exits(figures: &mut Figures, mut ebpf: Ebpf, followed: bool) {
     let me = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
     let other = Machine::new(1, Round::NONE, Irqchip::None).unwrap();
     let tid = if followed { me } else { other.tids()[0] };
-    let slot = ebpf.follow(Tid(tid), Keep::TimesAndHistograms, None).unwrap();
+    let slot = ebpf.follow(Tid(tid), Keep::Everything, None).unwrap();
     ebpf.seed().unwrap();
     let whose = if followed { "a vCPU" } else { "another thread" };
     for (isa, isa_name) in ISAS {
@@ -110,8 +110,7 @@ fn really(figures: &mut Figures) {
     drop(yardstick);
     for followed in [false, true] {
         let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
-        let _slot =
-            followed.then(|| ebpf.follow(Tid(machine.tids()[0]), Keep::TimesAndHistograms, None).unwrap());
+        let _slot = followed.then(|| ebpf.follow(Tid(machine.tids()[0]), Keep::Everything, None).unwrap());
         let program = "kvm_userspace_exit";
         let before = runs(&ebpf, program);
         round();
@@ -143,7 +142,7 @@ fn storms() {
             per_s[0].push(storm());
             let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
             per_s[1].push(storm());
-            let _slot = ebpf.follow(Tid(machine.tids()[0]), Keep::TimesAndHistograms, None).unwrap();
+            let _slot = ebpf.follow(Tid(machine.tids()[0]), Keep::Everything, None).unwrap();
             ebpf.seed().unwrap();
             per_s[2].push(storm());
         }

@@ -89,6 +89,7 @@ impl Measured {
 enum Subject {
     Empty,
     OtherThreads,
+    Times,
     Ledger,
     VmThreads,
     Runqlat,
@@ -99,7 +100,8 @@ impl Subject {
         match self {
             Self::Empty => "empty program",
             Self::OtherThreads => "ours, threads of no VM",
-            Self::Ledger => "ours, vCPU threads, ledger and counts",
+            Self::Times => "ours, vCPU threads, ledger",
+            Self::Ledger => "ours, vCPU threads, and histograms",
             Self::VmThreads => "ours, vCPU threads, everything on",
             Self::Runqlat => "runqlat (libbpf-tools)",
         }
@@ -114,12 +116,13 @@ impl Subject {
                     yardstick.runs().map(|r| ("empty".to_owned(), r)).into_iter().collect()
                 }))
             }
-            Self::OtherThreads | Self::Ledger | Self::VmThreads => {
+            Self::OtherThreads | Self::Times | Self::Ledger | Self::VmThreads => {
                 let mut ebpf = Ebpf::open(&[ProbeGroup::Sched]).unwrap();
                 let group = ebpf.follow_group();
                 let _slots: Vec<Slot> = match self {
-                    Self::Ledger => follow(&ring, &mut ebpf, Keep::Times, None),
-                    Self::VmThreads => follow(&ring, &mut ebpf, Keep::TimesAndHistograms, group.as_ref()),
+                    Self::Times => follow(&ring, &mut ebpf, Keep::Times, None),
+                    Self::Ledger => follow(&ring, &mut ebpf, Keep::TimesAndHistograms, None),
+                    Self::VmThreads => follow(&ring, &mut ebpf, Keep::Everything, group.as_ref()),
                     _ => Vec::new(),
                 };
                 Some(measure(&mut ring, || ebpf.runs().into_iter().map(|(n, r)| (n.to_owned(), r)).collect()))
@@ -160,7 +163,7 @@ fn slowdown() {
                 let mut ebpf = Ebpf::open(&[ProbeGroup::Sched]).unwrap();
                 let group = ebpf.follow_group();
                 let _slots = match subject {
-                    Subject::VmThreads => follow(&ring, &mut ebpf, Keep::TimesAndHistograms, group.as_ref()),
+                    Subject::VmThreads => follow(&ring, &mut ebpf, Keep::Everything, group.as_ref()),
                     _ => Vec::new(),
                 };
                 speed(&mut ring)
@@ -197,7 +200,7 @@ fn reading() {
     let slots: Vec<Slot> = (0..400)
         .map(|i| {
             let tid = Tid(u32::try_from(tids.recv().unwrap().as_raw_nonzero().get()).unwrap());
-            ebpf.follow(tid, Keep::TimesAndHistograms, Some(&groups[i / 4])).unwrap()
+            ebpf.follow(tid, Keep::Everything, Some(&groups[i / 4])).unwrap()
         })
         .collect();
     let followed: Vec<ProcessSlot> =
@@ -238,8 +241,14 @@ fn map_bytes() -> u64 {
 
 /// What the programs cost at a switch on a ring of some threads, each subject beside an empty program of the same round.
 fn switches(threads: usize) {
-    const SUBJECTS: [Subject; 5] =
-        [Subject::Empty, Subject::OtherThreads, Subject::Ledger, Subject::VmThreads, Subject::Runqlat];
+    const SUBJECTS: [Subject; 6] = [
+        Subject::Empty,
+        Subject::OtherThreads,
+        Subject::Times,
+        Subject::Ledger,
+        Subject::VmThreads,
+        Subject::Runqlat,
+    ];
     let mut rounds: BTreeMap<Subject, Vec<Round>> = BTreeMap::new();
     for round in 0..ROUNDS {
         eprintln!("{threads} threads, round {} of {ROUNDS}", round + 1);

@@ -46,6 +46,8 @@ pub enum Keep {
     Times,
     /// Also distributions.
     TimesAndHistograms,
+    /// Also culprits.
+    Everything,
 }
 
 /// There is none.

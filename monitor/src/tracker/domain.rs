@@ -609,8 +609,13 @@ fn preempted_by(culprit: &Culprit, names: &Names) -> PreemptedBy {
         (KIND_IRQ, _) => (CulpritKind::Irq, "irq".to_owned()),
         (KIND_PROCESS, Some(domain)) => (CulpritKind::Vm, domain.clone()),
         (KIND_PROCESS, None) => (CulpritKind::Process, comm),
-        (KIND_KERNEL, _) if comm.starts_with("vhost-") => (CulpritKind::Vhost, comm),
-        (KIND_KERNEL, _) => (CulpritKind::Kthread, comm),
+        (KIND_KERNEL, _) => match comm.strip_prefix("vhost-").map(|owner| owner.parse::<u32>()) {
+            Some(owner) => {
+                let domain = owner.ok().and_then(|owner| names.get(&owner)).cloned();
+                (CulpritKind::Vhost, domain.unwrap_or(comm))
+            }
+            None => (CulpritKind::Kthread, comm),
+        },
         _ => (CulpritKind::Unknown, comm),
     };
     PreemptedBy { who, kind, pid: (culprit.id != 0).then_some(culprit.id), ns: culprit.ns }
@@ -705,4 +710,31 @@ fn put_memory(values: &mut Values, stats: &BalloonStats) {
 fn carry<T>(old: (&[T], &[Values]), new: &[T], scope: Scope, same: impl Fn(&T, &T) -> bool) -> Vec<Values> {
     let value_of = |n: &T| old.0.iter().position(|o| same(o, n)).map(|i| old.1[i].clone());
     new.iter().map(|n| value_of(n).unwrap_or_else(|| Values::new(scope))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `vhost_worker_create()` names the worker after the thread that asked for it, QEMU's first, in every Linux.
+    #[test]
+    fn a_worker_of_vhost_goes_by_the_name_of_its_domain() {
+        let names = Names::from([(4711, "web".to_owned())]);
+        let who = |kind, id, comm: &[u8]| {
+            let mut culprit = Culprit { id, kind, ns: 5, comm: [0; 16] };
+            culprit.comm[..comm.len()].copy_from_slice(comm);
+            let found = preempted_by(&culprit, &names);
+            (found.kind, found.who)
+        };
+        for (kind, id, comm, expected) in [
+            (KIND_KERNEL, 4720, b"vhost-4711".as_slice(), (CulpritKind::Vhost, "web")),
+            (KIND_KERNEL, 99, b"vhost-98", (CulpritKind::Vhost, "vhost-98")),
+            (KIND_KERNEL, 99, b"vhost-x", (CulpritKind::Vhost, "vhost-x")),
+            (KIND_KERNEL, 4721, b"kvm-nx-lpage-re", (CulpritKind::Kthread, "kvm-nx-lpage-re")),
+            (KIND_PROCESS, 4711, b"CPU 0/KVM", (CulpritKind::Vm, "web")),
+            (KIND_PROCESS, 4712, b"vhost-4711", (CulpritKind::Process, "vhost-4711")),
+        ] {
+            assert_eq!(who(kind, id, comm), (expected.0, expected.1.to_owned()));
+        }
+    }
 }

@@ -575,7 +575,7 @@ impl Tracker {
             if tracked.group.is_none() {
                 tracked.group = ebpf.follow_group();
             }
-            ebpf.follow(tid, Keep::TimesAndHistograms, tracked.group.as_ref())
+            ebpf.follow(tid, Keep::Everything, tracked.group.as_ref())
         });
         tracked.domain.vcpus[v].tid = Some(tid);
         let mut thread = Thread::default();

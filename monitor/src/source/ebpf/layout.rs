@@ -49,9 +49,14 @@ pub fn sched(btf: &Btf) -> Result<Layout, LayoutError> {
         Err(LayoutError::NoField { .. }) => (nr_running, nr_running),
         Err(error) => return Err(error),
     };
+    let task_cpu = match at("task_struct", "thread_info.cpu") {
+        Err(LayoutError::NoField { .. }) => at("task_struct", "cpu")?,
+        found => found?,
+    };
     Ok(Layout {
         task_pid: at("task_struct", "pid")?,
         task_on_cpu: at("task_struct", "on_cpu")?,
+        task_cpu,
         task_start_boottime: at("task_struct", "start_boottime")?,
         task_sum_exec_runtime: at("task_struct", "se.sum_exec_runtime")?,
         task_exec_start: at("task_struct", "se.exec_start")?,

@@ -8,7 +8,7 @@ use std::{
     marker::PhantomData,
     os::fd::{AsFd, OwnedFd},
     ptr::NonNull,
-    sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering},
 };
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
@@ -92,6 +92,17 @@ impl<T: Copy> Mapped<T> {
         assert!((half + 1) * 4 <= size_of::<T>(), "half word {half} outside of the value");
         // SAFETY: as in `word_of`; nobody accesses this one as a part of a larger number.
         unsafe { AtomicU32::from_ptr(self.at(index).cast::<u32>().add(half)) }
+    }
+
+    /// The 16-bit number at `offset` of value `index`.
+    pub(super) fn short_of(&self, index: usize, offset: usize) -> &AtomicU16 {
+        assert!(
+            offset.is_multiple_of(2) && offset < size_of::<T>(),
+            "number at {offset} outside of the value"
+        );
+        // SAFETY: inside the mapping (checked) and aligned; nobody accesses this one as a part of a larger number while both
+        // are in use.
+        unsafe { AtomicU16::from_ptr(self.at(index).cast::<u8>().add(offset).cast()) }
     }
 
     /// The byte at `offset` of value `index`.

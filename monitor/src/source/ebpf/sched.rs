@@ -13,14 +13,14 @@ use aya::{
     programs::{Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use monitor_ebpf::{
-    ARMED, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, FILTER_BITS, FILTER_WORDS, Filter,
-    Group, Histograms, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, TABLE_ENTRIES,
-    TABLE_PROBES, Table, Thread, table_entry, table_slot, table_start,
+    ARMED, CHAIN, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, Filter, Group, Histograms,
+    MARK_ARRIVES, MARK_FOLLOWED, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading,
+    TID_PLACES, Thread, mark_place,
 };
 
 use super::{
     EbpfError, map,
-    mapped::{Mapped, change_bit},
+    mapped::Mapped,
     program_error,
     times::{Doing, ThreadTimes},
 };
@@ -57,6 +57,8 @@ pub enum Keep {
     Times,
     /// Also the distributions of its runs and waits.
     TimesAndHistograms,
+    /// Also who had the CPU while it waited.
+    Everything,
 }
 
 /// Places of an array map that are handed out; the one given back longest ago is used again first.
@@ -99,7 +101,6 @@ pub enum NotFollowed {
 /// The maps of the scheduling programs, and what is handed out of them.
 pub(super) struct Sched {
     filter: Mapped<Filter>,
-    table: Mapped<Table>,
     threads: Mapped<Thread>,
     readings: Mapped<Reading>,
     clock: Mapped<Clock>,
@@ -119,7 +120,6 @@ impl Sched {
     pub(super) fn new(object: &Object) -> Result<Self, EbpfError> {
         Ok(Self {
             filter: map(object, "FILTER")?,
-            table: map(object, "TABLE")?,
             threads: map(object, "THREADS")?,
             readings: map(object, "READINGS")?,
             clock: map(object, "CLOCK")?,
@@ -150,27 +150,68 @@ impl Sched {
     }
 
     fn follow_as(&mut self, keep: Keep, thread: Thread) -> Result<Slot, NotFollowed> {
-        let tid = Tid(thread.tid);
         let full = NotFollowed::Full(self.followed);
-        let Some(entry) = self.entry_for(0, tid.0) else { return Err(full) };
+        if self.sharing(thread.tid).count() >= CHAIN as usize {
+            return Err(full);
+        }
         let Some(place) = self.places.take(self.threads.len()) else { return Err(full) };
         let histograms = match keep {
             Keep::Times => None,
-            Keep::TimesAndHistograms => self.histogram_places.take(self.histograms.len()),
+            Keep::TimesAndHistograms | Keep::Everything => {
+                self.histogram_places.take(self.histograms.len().min(u32::from(CLOCK_THREAD) - 1))
+            }
         };
         if let Some(histograms) = histograms {
             self.histograms.set(histograms as usize, Histograms::ZERO);
             self.charges.set(histograms as usize, ChargeTables::ZERO);
         }
         self.readings.set(place as usize, Reading::ZERO);
-        let histograms_of = histograms.map_or(thread.histograms, |h| h + 1);
-        self.threads.set(place as usize, Thread { histograms: histograms_of, ..thread });
-        self.table.word(entry).store(table_entry(tid.0, place), Ordering::Release);
-        let bit = tid.0 % FILTER_BITS;
-        change_bit(self.filter.word((bit / 64) as usize), bit % 64, true);
+        let thread = Thread {
+            histograms: histograms.map_or(thread.histograms, one_more),
+            charged: u8::from(keep == Keep::Everything && histograms.is_some()),
+            next: self.first(thread.tid),
+            ..thread
+        };
+        self.threads.set(place as usize, thread);
+        self.set_first(thread.tid, one_more(place));
+        self.mark(thread.tid);
         self.followed += 1;
         self.unseeded = true;
         Ok(Slot { thread: place, histograms })
+    }
+
+    /// Slot of the first followed thread at the place of a thread id, plus 1; 0 if there is none.
+    fn first(&self, tid: u32) -> u16 {
+        let (word, shift) = first_place(tid);
+        u16::try_from(self.filter.word(word).load(Ordering::Acquire) >> shift & 0xffff).unwrap_or(0)
+    }
+
+    /// Only this thread writes these words.
+    fn set_first(&self, tid: u32, slot: u16) {
+        let (word, shift) = first_place(tid);
+        let word = self.filter.word(word);
+        let others = word.load(Ordering::Acquire) & !(0xffff << shift);
+        word.store(others | u64::from(slot) << shift, Ordering::Release);
+    }
+
+    /// The slots of the followed threads at the place of a thread id.
+    fn sharing(&self, tid: u32) -> impl Iterator<Item = usize> {
+        let slot = |place: u16| usize::from(place).checked_sub(1);
+        std::iter::successors(slot(self.first(tid)), move |at| slot(self.threads.get(*at).next))
+    }
+
+    /// Tells the programs what to look at of the threads at the place of a thread id.
+    fn mark(&self, tid: u32) {
+        let marks = |at: usize| {
+            let thread = self.threads.get(at);
+            let arrives = thread.charged != 0 || thread.group != 0 || thread.histograms == CLOCK_THREAD;
+            MARK_FOLLOWED | if arrives { MARK_ARRIVES } else { 0 }
+        };
+        let marks = self.sharing(tid).map(marks).fold(0, |all, one| all | one);
+        let (word, bit) = mark_place(tid);
+        let word = self.filter.word(word);
+        let others = word.load(Ordering::Acquire) & !((MARK_FOLLOWED | MARK_ARRIVES) << bit);
+        word.store(others | marks << bit, Ordering::Release);
     }
 
     /// Begins to keep a group of siblings; `None` if there is no room.
@@ -201,16 +242,15 @@ impl Sched {
     /// Stops following a thread.
     #[expect(clippy::needless_pass_by_value, reason = "the slot must not be used afterwards")]
     pub(super) fn forget(&mut self, slot: Slot) {
-        let tid = self.threads.get(slot.thread as usize).tid;
-        if let Some(entry) = self.entry_for(tid, tid) {
-            self.table.word(entry).store(0, Ordering::Release);
+        let Thread { tid, next, .. } = self.threads.get(slot.thread as usize);
+        let before = self.sharing(tid).take_while(|at| *at != slot.thread as usize).last();
+        match before {
+            Some(at) => self.set_next(at, next),
+            None => self.set_first(tid, next),
         }
-        self.threads.set(slot.thread as usize, Thread::ZERO);
-        let shares = |other: u32| other != 0 && other % FILTER_BITS == tid % FILTER_BITS;
-        if !(0..self.places.used).any(|place| shares(self.threads.get(place as usize).tid)) {
-            let bit = tid % FILTER_BITS;
-            change_bit(self.filter.word((bit / 64) as usize), bit % 64, false);
-        }
+        // A program that has just come to this slot goes on from here.
+        self.threads.set(slot.thread as usize, Thread { next, ..Thread::ZERO });
+        self.mark(tid);
         self.places.give_back(slot.thread);
         slot.histograms.into_iter().for_each(|place| self.histogram_places.give_back(place));
         self.followed -= 1;
@@ -234,13 +274,9 @@ impl Sched {
         Some(self.charges.get(place).tables[in_use])
     }
 
-    /// The table entry near `near`'s place that holds `tid`, or a free one for `tid` 0.
-    fn entry_for(&self, tid: u32, near: u32) -> Option<usize> {
-        let start = table_start(near);
-        (0..TABLE_PROBES).map(|i| (start + i) as usize % TABLE_ENTRIES).find(|&entry| {
-            let word = self.table.word(entry).load(Ordering::Acquire);
-            if tid == 0 { word == 0 } else { table_slot(word, tid).is_some() }
-        })
+    /// Where the programs go on from a slot.
+    fn set_next(&self, at: usize, next: u16) {
+        self.threads.short_of(at, offset_of!(Thread, next)).store(next, Ordering::Release);
     }
 
     /// Lets the kernel look up the threads that are followed since the last call, so that one that never
@@ -281,7 +317,8 @@ impl Sched {
         let now = MonotonicNs::now();
         if now.since(self.disarmed) > DISARM_INTERVAL_NS {
             self.disarmed = now;
-            (0..CPUS as usize / 8).for_each(|word| disarm(self.filter.word(FILTER_WORDS + word)));
+            (0..CPUS as usize / 8)
+                .for_each(|word| disarm(self.filter.word(offset_of!(Filter, armed) / 8 + word)));
         }
         Ok(())
     }
@@ -343,6 +380,17 @@ impl Sched {
             std::thread::sleep(std::time::Duration::from_micros(100));
         }
     }
+}
+
+/// The number of a place, plus 1; there are fewer places than that holds.
+fn one_more(place: u32) -> u16 {
+    u16::try_from(place + 1).unwrap_or(0)
+}
+
+/// Word of the filter, and position in it, of the first slot of a thread id.
+fn first_place(tid: u32) -> (usize, u32) {
+    let place = tid % TID_PLACES;
+    (offset_of!(Filter, first) / 8 + place as usize / 4, place % 4 * 16)
 }
 
 /// Takes 1 off each byte of a word of [`Filter::armed`](monitor_ebpf::Filter::armed) that is not 0. A program may have set
