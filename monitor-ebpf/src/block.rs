@@ -760,7 +760,7 @@ fn begin(filter: &'static BlockFilter, key: u64, found: Found, request: Request)
         let Some(place) = flying(start + i) else { return };
         if get(&place.key) == 0 && claim(&place.key, key) {
             if u64::from(i) > deepest.load() {
-                deepest.store(i.into());
+                deepen(deepest, i.into());
             }
             write(place, &flight);
             return;
@@ -770,6 +770,22 @@ fn begin(filter: &'static BlockFilter, key: u64, found: Found, request: Request)
     add(&counted.done, 1);
     add(&counted.bytes, request.bytes);
     add(&found.image.untimed, 1);
+}
+
+/// The search for requests has to look as far as that from now on. It only grows, also where two CPUs want that at once.
+#[inline(always)]
+fn deepen(deepest: Word, to: u64) {
+    let mut seen = deepest.load();
+    for _ in 0..FLIGHT_PROBES {
+        if seen >= to {
+            return;
+        }
+        let now = deepest.exchange(seen, to);
+        if now == seen {
+            return;
+        }
+        seen = now;
+    }
 }
 
 /// Another request has the key of one in flight. True if it is the same, made again by the kernel, this time in a
