@@ -265,7 +265,7 @@ impl Runner {
         }
         self.tracker.read_ebpf();
         self.watch_ebpf();
-        self.tracker.read_procfs();
+        self.tracker.read_procfs(self.config.interval);
         self.ask_libvirt(now);
         let wall = jiff::Timestamp::now();
         self.watch_clock(wall);

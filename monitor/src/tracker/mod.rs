@@ -33,11 +33,9 @@ use crate::{
     units::{DomainUuid, MonotonicNs, SourceKind, Tid, VcpuIndex},
 };
 
-/// Beside the kernel programs, `/proc` is read no more often than this: the times of a process advance by 10 ms there, those
-/// of a running thread with the scheduler's tick.
-const LEAST_PROCFS_NS: u64 = 100_000_000;
-/// A tick may come a little early.
-const PROCFS_SLACK_NS: u64 = LEAST_PROCFS_NS / 10;
+/// Beside the kernel programs, `/proc` is read no more often than this, unless ticks are that rare anyway: the times of a
+/// process advance by 10 ms there, those of a running thread with the scheduler's tick.
+const LEAST_PROCFS: Duration = Duration::from_millis(100);
 /// A process that began so lately is looked at closely: its threads and devices come one after the other.
 const YOUNG: Duration = Duration::from_secs(10);
 /// Time between readings of what is dear to read in `/proc`, beside eBPF and without it.
@@ -644,10 +642,12 @@ impl Tracker {
         true
     }
 
-    /// Reads `/proc` of every domain, unless that was just done and the kernel programs tell more.
-    pub fn read_procfs(&mut self) {
+    /// Reads `/proc` of every domain, unless that was just done and the kernel programs tell more. `interval` is that of the
+    /// ticks, one of which may come a little early.
+    pub fn read_procfs(&mut self, interval: Duration) {
         let now = MonotonicNs::now();
-        let is_fresh = |read: MonotonicNs| now.since(read) < LEAST_PROCFS_NS - PROCFS_SLACK_NS;
+        let least_ns = LEAST_PROCFS.saturating_sub(interval / 2).as_nanos();
+        let is_fresh = |read: MonotonicNs| interval < LEAST_PROCFS && u128::from(now.since(read)) < least_ns;
         let is_second = !self.ebpf_failed && self.ebpf.as_ref().is_some_and(Ebpf::has_times_and_traffic);
         if is_second && self.procfs_read.is_some_and(is_fresh) {
             return;
