@@ -443,8 +443,8 @@ fn guest_is_counted_alike(backend: NicBackend) {
     lab.virsh(&["suspend", "net"]).unwrap();
     assert_eq!(send_datagrams(&lab, to, (3000, 100), Duration::ZERO).unwrap(), 3000);
     let stuck = samples.by_ref().take(50).find(|i| {
-        i["rx_drop"]["ebpf"].as_u64() == Some(i["rx_drop"]["procfs"].as_u64().unwrap())
-            && i["rx_drop"]["ebpf"] != 0
+        let [ebpf, procfs] = ["ebpf", "procfs"].map(|source| i["rx_drop"][source].as_u64());
+        ebpf.is_some_and(|drops| drops != 0) && ebpf == procfs
     });
     let stuck = stuck.expect("the drops never agree");
     println!("suspended: {stuck}");
