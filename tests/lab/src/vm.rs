@@ -330,6 +330,8 @@ fn qemu(vm: &Vm, place: &Place) -> Result<Command> {
     command.arg("-object").arg(format!("memory-backend-memfd,id=memory,size={memory},share=on"));
     command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
     command.arg("-serial").arg(format!("file:{}", vm.out.join("console.log").display()));
+    // For whoever wants to see why a machine stands, or to halt it and its clock for a while.
+    command.arg("-monitor").arg(format!("unix:{},server=on,wait=off", place.socket("monitor").display()));
     for tag in [ROOT, OUT] {
         command.arg("-chardev").arg(format!("socket,id={tag},path={}", place.socket(tag).display()));
         command.arg("-device").arg(format!("vhost-user-fs-pci,chardev={tag},tag={tag},queue-size=1024"));
