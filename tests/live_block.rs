@@ -20,7 +20,7 @@ use monitor::{
     units::Tgid,
 };
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 const MIB: u64 = 1 << 20;
 /// Samples of 200 ms that a figure may take to reach the stream.
 const MOST_SAMPLES: usize = 150;

@@ -16,7 +16,7 @@ use support::{Run, is_change_of, is_sample_of, program};
 #[expect(dead_code, reason = "each test program uses a part of it")]
 mod support;
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 const QUICK: [&str; 4] = ["--interval", "100ms", "--libvirt-interval", "200ms"];
 /// Nobody on the host has this address.
 const HOST: [u8; 6] = [2, 0, 0, 0, 0, 1];

@@ -18,7 +18,7 @@ use std::{
 use lab::{DiskSpec, GuestSpec, Lab, LabDirs, Which};
 use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 const NAME: &str = "threads";
 /// `utime` and `stime` of `/proc/PID/stat` are counted in these.
 const CLOCK_TICK_NS: u64 = 10_000_000;

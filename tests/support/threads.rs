@@ -17,7 +17,7 @@ use monitor::units::{MonotonicNs, Tid};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 /// How long anything may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A thread pinned to one CPU that spins, and reads its own CPU clock when asked.
 pub(crate) struct Spinner {

@@ -144,13 +144,44 @@ impl Guest {
                 }
                 if !alive || Instant::now() > deadline {
                     let why = if alive { format!("not within {timeout:?}") } else { "QEMU has ended".into() };
-                    let words = console.last_words();
-                    bail!("waited for {what} of guest {}: {why}\n{words}", self.name);
+                    let (words, steps) = (console.last_words(), console.truth.steps.last());
+                    let step = steps.map_or("none".into(), |step| step.word.clone());
+                    let stands = if alive { self.stands() } else { String::new() };
+                    bail!(
+                        "waited for {what} of guest {}: {why}\n{words}\nits last step: {step}\n{stands}",
+                        self.name
+                    );
                 }
             }
             interrupt::check()?;
             std::thread::sleep(LOOK);
         }
+    }
+}
+
+/// What is asked of a guest that seems to stand: libvirt's state, and QEMU's registers, twice.
+const ASK: &str = r#"
+virsh="timeout 20 virsh --quiet --connect qemu:///system"
+$virsh domstate "$1" --reason
+for look in first second; do
+  sleep 1
+  echo "$look look:"
+  $virsh qemu-monitor-command "$1" --hmp 'info registers -a' | grep -E '^CPU#|[ER]IP=|^CR0' | cut -c1-100
+done"#;
+
+impl Guest {
+    /// Whether its vCPUs work, and where they are: for a person who must tell a guest that stands from one that is slow.
+    fn stands(&self) -> String {
+        let times =
+            || self.vcpu_times().map(|times| times.iter().map(|time| time.run_ns).collect::<Vec<_>>());
+        let before = times();
+        let mut ask = self.space.command(Path::new("sh"));
+        let asked = ask.args(["-c", ASK, "sh", &self.name]).output();
+        let told = match &asked {
+            Ok(output) => [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text)).concat(),
+            Err(error) => error.to_string(),
+        };
+        format!("its vCPUs have run for {before:?} ns, and after this for {:?} ns:\n{told}", times())
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use lab::{DiskSpec, GuestSpec, Hog, ImageFormat, Lab, LabDirs, NicSpec, UdpSink, Which};
+use lab::{DiskSpec, GuestSpec, Hog, ImageFormat, Lab, LabDirs, NicSpec, StartState, UdpSink, Which};
 
 const BOOT: Duration = Duration::from_secs(60);
 
@@ -72,6 +72,18 @@ fn a_hog_takes_its_share_of_a_pinned_vcpu() {
         assert!((500_000_000..1_900_000_000).contains(&ns), "{ns} ns of 2 s, shared by two");
     }
     assert!(other_end.run_ns - other.run_ns > 500_000_000);
+}
+
+#[test]
+fn a_guest_that_stands_is_told_with_where_it_stands() {
+    let lab = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
+    let spec = GuestSpec { start: StartState::Paused, ..GuestSpec::new("stands", "sleep=1s") };
+    let guest = lab.boot(&spec).unwrap();
+    let error = guest.wait_begin(Which::Number(0), Duration::ZERO).unwrap_err().to_string();
+    // Where every x86 CPU begins.
+    for part in ["its last step: none", "paused", "first look", "second look", "EIP=0000fff0"] {
+        assert!(error.contains(part), "{part} is not in {error}");
+    }
 }
 
 #[test]
