@@ -258,6 +258,8 @@ impl Toolchain {
         // build-std on the pinned stable compiler.
         command.env("RUSTC_BOOTSTRAP", "1");
         command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+        // An incremental build is cut into other units, whose code the verifier refused in part.
+        command.env("CARGO_INCREMENTAL", "0");
         command.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &self.linker);
         command
     }
