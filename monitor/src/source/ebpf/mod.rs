@@ -806,11 +806,15 @@ fn give_memory_back() {
     }
 }
 
-/// What the kernel said, without the verifier's log, which goes to the debug log.
+/// What the kernel said, without the verifier's log, which goes to the debug log. `EACCES` with such a log is no question of
+/// rights.
 fn program_error(error: &ProgramError) -> String {
     if let ProgramError::LoadError { io_error, verifier_log } = error {
+        if verifier_log.to_string().is_empty() {
+            return io_error.to_string();
+        }
         tracing::debug!(%verifier_log, "program refused");
-        return io_error.to_string();
+        return format!("the kernel's verifier refuses it ({io_error}; KVM_MONITOR_LOG=debug tells why)");
     }
     if let ProgramError::Btf(BtfError::UnknownBtfTypeName { type_name }) = error
         && let Some(tracepoint) = type_name.strip_prefix("btf_trace_")
