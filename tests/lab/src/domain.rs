@@ -197,8 +197,9 @@ pub(crate) struct Files<'a> {
 /// The domain XML.
 pub(crate) fn xml(spec: &GuestSpec, files: &Files<'_>) -> String {
     let uuid = spec.uuid.as_ref().map(|uuid| format!("<uuid>{}</uuid>", escape(uuid))).unwrap_or_default();
+    // What a guest in an emulated guest mode takes to boot is 33 s instead of 87 without randomized addresses.
     let command_line = format!(
-        "console=ttyS0 quiet loglevel=1 panic=-1 ipv6.disable=1 mitigations=off -- \"{}\"",
+        "console=ttyS0 quiet loglevel=1 panic=-1 ipv6.disable=1 mitigations=off nokaslr no_timer_check -- \"{}\"",
         spec.script
     );
     let mut devices: String =
