@@ -23,7 +23,7 @@ use monitor::{
     source::{
         ebpf::{
             Aio, Ebpf, Histogram, Hook, Image, ImageKind, ImageSlot, Opened, Plan, READ, WRITE, bucket_range,
-            probes::ProbeGroup,
+            probes::{ProbeGroup, ProbeState},
         },
         procfs::images::ImageId,
     },
@@ -43,7 +43,13 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const PAGE: usize = 4096;
 
 fn open() -> Ebpf {
-    Ebpf::open(&[ProbeGroup::Block]).unwrap()
+    let ebpf = Ebpf::open(&[ProbeGroup::Block]).unwrap();
+    for (probe, state) in ebpf.states() {
+        if let ProbeState::Failed(reason) = state {
+            println!("{}: {reason}", probe.program);
+        }
+    }
+    ebpf
 }
 
 fn watch(ebpf: &mut Ebpf, tgid: Tgid, path: &Path, (direct, aio): (bool, Aio)) -> ImageSlot {
