@@ -624,7 +624,7 @@ impl Changing {
 /// A sparse image that has outgrown its file system: QEMU stops the guest, and the host says why.
 #[test]
 fn a_full_file_system_under_a_sparse_image_is_told_by_its_error_number() {
-    let (mut stage, target) = with_disk("write=vdb:4000x4096", |lab| {
+    let (mut stage, target) = with_disk("write=vdb:250x65536", |lab| {
         let at = |name: &str| lab.scratch().join(name).to_string_lossy().into_owned();
         let (image, directory) = (at("small.ext4"), at("small"));
         let script = format!(

@@ -71,8 +71,13 @@ impl Drop for Stage {
 
 fn loop_device(file: &Path) -> String {
     std::fs::write(file, vec![0; (MIB as usize) << 20]).unwrap();
-    let output =
-        Command::new("losetup").args(["--find", "--show", "--direct-io=on"]).arg(file).output().unwrap();
+    let losetup = |options: &[&str]| {
+        Command::new("losetup").args(["--find", "--show"]).args(options).arg(file).output().unwrap()
+    };
+    let mut output = losetup(&["--direct-io=on"]);
+    if !output.status.success() {
+        output = losetup(&[]); // tmpfs has no direct I/O before Linux 6.6.
+    }
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }

@@ -35,7 +35,9 @@ impl Device {
         let sectors = file.metadata().context("the image is gone")?.len() / 512;
         let table = format!("0 {sectors} linear {} 0", below.path.display());
         run(dmsetup().args(["create", name, "--table", &table]))?;
-        let device = Self::open(Path::new("/dev/mapper").join(name))?;
+        // By the kernel's own name: where there is no udev, dmsetup takes the other one away as soon as it is told to remove.
+        let number = run(dmsetup().args(["info", "-c", "--noheadings", "-o", "blkdevname", name]))?;
+        let device = Self::open(Path::new("/dev").join(number.trim()))?;
         run(dmsetup().args(["remove", "--deferred", name]))?;
         Ok(device)
     }
