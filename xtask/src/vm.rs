@@ -162,6 +162,7 @@ pub(crate) fn short(programs: &[TestProgram], report: &mut Report) -> Result<()>
 
 /// What commands for the shell print in the VM of a kernel.
 pub(crate) fn output_of(built: &Built, series: &str, commands: &str) -> Result<String> {
+    let _one_at_a_time = lock()?;
     let mut printed = String::new();
     let outcome = boot(built, Host::new(series), commands.to_owned(), |line| {
         printed.push_str(line);
@@ -181,6 +182,7 @@ fn command(built: &Built, host: Host<'_>, words: &[String]) -> Result<bool> {
     let here = env::current_dir().context("the working directory is gone")?;
     writeln!(commands, "cd {}", quote(&here.to_string_lossy()))?;
     commands.push_str(&words.iter().map(|word| quote(word)).collect::<Vec<_>>().join(" "));
+    let _one_at_a_time = lock()?;
     let outcome = boot(built, host, commands, |line| println!("{line}"))?;
     match outcome.end {
         End::Exited(0) => {}
@@ -199,6 +201,8 @@ fn tests(
     report: &mut Report,
 ) -> Result<()> {
     let Host { series, limit, .. } = host;
+    // Before anything that the VM of somebody else may use is replaced.
+    let _one_at_a_time = lock()?;
     let kept = Kept::new(series)?;
     let kept_built = kept.all_of(built)?;
     let mut lines = Vec::new();
@@ -464,7 +468,7 @@ impl Results {
     }
 }
 
-/// Boots the VM of a kernel and says how long it took.
+/// Boots the VM of a kernel and says how long it took. The caller has the [`lock`].
 fn boot(built: &Built, host: Host<'_>, commands: String, line: impl FnMut(&str)) -> Result<Outcome> {
     let vm = Vm {
         kernel_dir: kernel::of_series(host.series)?,
@@ -476,7 +480,6 @@ fn boot(built: &Built, host: Host<'_>, commands: String, line: impl FnMut(&str))
         memory_mib: 3072,
     };
     fs::create_dir_all(&vm.out).with_context(|| format!("cannot make {}", vm.out.display()))?;
-    let _one_at_a_time = lock()?;
     let name = vm.kernel_dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     eprintln!("lab: booting {name}");
     let outcome = vm.run(line)?;
