@@ -12,7 +12,7 @@ mod quota;
 mod threads;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     time::{Duration, Instant},
 };
@@ -20,7 +20,7 @@ use std::{
 use monitor::{
     ledger::Ledger,
     source::{
-        ebpf::{Ebpf, GroupSlot, Keep, Slot, ThreadTimes, probes::ProbeGroup},
+        ebpf::{Ebpf, GroupSlot, Histogram, Histograms, Keep, Slot, ThreadTimes, probes::ProbeGroup},
         procfs,
     },
     units::{Tgid, Tid},
@@ -236,6 +236,96 @@ fn threads_whose_ids_share_a_place_are_told_apart() {
         }
     }
     assert!(others.iter().all(|other| ebpf.times(other).is_none()), "figures of a thread that is not there");
+}
+
+/// The kernel's programs put runs into the histograms a few at a time. Whoever reads has all of them, each once.
+#[test]
+fn every_run_is_in_the_histogram_at_once() {
+    let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
+    let spinners = [Spinner::start(CPU), Spinner::start(CPU)];
+    let slot = ebpf.follow(spinners[0].tid, Keep::TimesAndHistograms, None).unwrap();
+    ebpf.seed().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let (mut last, mut between, mut seen) = (None::<Histograms>, 0, BTreeSet::new());
+    while between < 200 || seen.len() < 20 {
+        assert!(Instant::now() < deadline, "{between} readings fell between two switches: {seen:?}");
+        std::thread::sleep(Duration::from_millis(1));
+        let switches = |ebpf: &mut Ebpf| {
+            ebpf.read().unwrap();
+            ebpf.times(&slot).map(|times| times.preemptions + times.yields)
+        };
+        let (before, now, after) = (switches(&mut ebpf), ebpf.histograms(&slot), switches(&mut ebpf));
+        let (Some(before), Some(now), Some(after)) = (before, now, after) else { continue };
+        if let Some(last) = last {
+            let grown = |a: &Histogram, b: &Histogram| a.iter().zip(b).all(|(a, b)| a <= b);
+            assert!(grown(&last.run, &now.run) && grown(&last.wait, &now.wait), "a count fell");
+        }
+        last = Some(now);
+        if before != after || before == 0 {
+            continue;
+        }
+        between += 1;
+        seen.insert(after);
+        // Of the run in which it was first seen the begin is not known.
+        let (runs, waits): (u32, u32) = (now.run.iter().sum(), now.wait.iter().sum());
+        assert_eq!(runs, after - 1);
+        assert!(waits <= runs, "{waits} waits before {runs} runs");
+    }
+    println!("{between} readings, {} of them with another number of runs: all there", seen.len());
+}
+
+/// A thread ends, and before anybody looked another one has its id: what the first had done stays what it was.
+#[test]
+fn a_reused_thread_id_is_not_the_thread_that_was_followed() {
+    let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
+    let first = Spinner::start(CPU);
+    let id = first.tid;
+    let group = ebpf.follow_group().unwrap();
+    let slot = ebpf.follow(id, Keep::Everything, Some(&group)).unwrap();
+    ebpf.seed().unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    drop(first);
+    let read = |ebpf: &mut Ebpf| {
+        ebpf.read().unwrap();
+        let times = ebpf.times(&slot).unwrap();
+        assert!(times.last, "not the end of a thread: {times:?}");
+        (ThreadTimes { sched_ns: 0, ..times }, ebpf.histograms(&slot).unwrap(), ebpf.started_ns(&slot))
+    };
+    let before = read(&mut ebpf);
+    let mut others = Vec::new();
+    let second = (0..1000).find_map(|_| {
+        std::fs::write("/proc/sys/kernel/ns_last_pid", (id.0 - 1).to_string()).unwrap();
+        let spinner = Spinner::start(CPU);
+        if spinner.tid == id {
+            return Some(spinner);
+        }
+        others.push(spinner);
+        (others.len() > 8).then(|| others.clear());
+        None
+    });
+    let second = second.unwrap_or_else(|| panic!("thread id {id:?} could not be had again"));
+    // It is switched many times beside another one.
+    let rival = Spinner::start(CPU);
+    let switches = || {
+        let process = monitor::inventory::QemuProcess { tgid: Tgid(std::process::id()), start_time_ticks: 0 };
+        procfs::switches(Path::new("/proc"), process, id, &mut [0; 4096]).unwrap().involuntary.0
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while switches() < 20 {
+        assert!(Instant::now() < deadline, "the second thread is not switched");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let after = read(&mut ebpf);
+    assert_eq!((before.0, before.2), (after.0, after.2), "another thread was counted");
+    assert!(before.1 == after.1, "another thread's runs are in the histogram");
+    drop(rival);
+    ebpf.forget(slot);
+    let slot = ebpf.follow(id, Keep::Everything, None).unwrap();
+    ebpf.seed().unwrap();
+    ebpf.read().unwrap();
+    let anew = ebpf.times(&slot).unwrap();
+    assert!(!anew.last && ebpf.started_ns(&slot) > before.2, "{anew:?} is not the second thread");
+    drop(second);
 }
 
 /// Takes a CPU off line until dropped.

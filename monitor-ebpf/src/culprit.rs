@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use monitor_ebpf::{
     CPUS, CULPRITS, ChargeTables, Charges, Culprit, HISTOGRAMS, History, KIND_IDLE, KIND_IRQ, KIND_KERNEL,
-    KIND_PROCESS, STINTS, Stint, Thread,
+    KIND_PROCESS, Recent, STINTS, Stint, Thread,
 };
 
 use crate::kernel::{Address, LAYOUT, load, offset, probe, run_queue};
@@ -121,42 +121,88 @@ unsafe fn left_out(prev: Address, ns: u64) -> u64 {
 /// # Safety
 /// `prev` must be an argument of a BTF tracepoint.
 #[inline(always)]
-pub(crate) unsafe fn charge(thread: &mut Thread, place: u32, prev: Address, (queued, now): (u64, u64)) {
-    // SAFETY: a valid map value; only the CPU that the thread enters changes it.
-    let Some(tables) = (unsafe { CHARGES.get_ptr_mut(place).and_then(|t| t.as_mut()) }) else { return };
-    let charges = &mut tables.tables[usize::from(get(&thread.table) & 1)];
+pub(crate) unsafe fn charge(thread: &mut Thread, prev: Address, (queued, now): (u64, u64)) {
     // SAFETY: by the caller.
-    let stint = unsafe { stint(prev, now) };
+    let (who, arrived) = unsafe { (who_is(prev), load::<u64>(prev, offset(&LAYOUT.task_last_arrival))) };
     // The idle task has no begin, and whoever waited for it waited for it alone.
-    let begin = if stint.tid == 0 || stint.begin_ns < queued { queued } else { stint.begin_ns };
+    let begin = if who.0 == KIND_IDLE || arrived < queued { queued } else { arrived };
     let ns = now.saturating_sub(begin);
-    let likely = usize::from(get(&thread.likely));
-    match charges.culprits.get_mut(likely) {
-        Some(culprit) if stint.irq_ns == 0 && (culprit.kind, culprit.id) == who(&stint) => culprit.ns += ns,
-        _ => {
-            add(thread, charges, &stint, ns);
-            let found = get(&thread.found);
-            set(&mut thread.likely, found);
-        }
+    let recent = &mut thread.recent[usize::from(get(&thread.table) & 1)];
+    // SAFETY: by the caller.
+    let is_whole = who.0 == KIND_IDLE || unsafe { left_out(prev, now.saturating_sub(arrived)) } == 0;
+    if is_whole && (recent.kind, recent.id) == who {
+        let ns = recent.ns.wrapping_add(ns);
+        set(&mut recent.ns, ns);
+    } else {
+        // SAFETY: by the caller.
+        unsafe { charge_another(thread, prev, now, ns) };
     }
     if begin > queued {
-        charge_history(thread, charges, queued, begin);
+        charge_history(thread, queued, begin);
     }
+}
+
+/// Kind and id of a thread, as of who had a CPU.
+///
+/// # Safety
+/// `task` must be an argument of a BTF tracepoint.
+#[inline(always)]
+unsafe fn who_is(task: Address) -> (u32, u32) {
+    // SAFETY: by the caller.
+    let (tid, tgid, flags): (u32, u32, u32) = unsafe {
+        (
+            load(task, offset(&LAYOUT.task_pid)),
+            load(task, offset(&LAYOUT.task_tgid)),
+            load(task, offset(&LAYOUT.task_flags)),
+        )
+    };
+    who(tid, tgid, flags)
+}
+
+/// The table that the thread's waits are charged to now, if they are charged, and its number.
+#[inline(always)]
+fn charges(thread: &Thread) -> Option<(&'static mut Charges, usize)> {
+    let place = thread.histograms.checked_sub(1)?;
+    // SAFETY: a valid map value; only the CPU that switches the thread changes it.
+    let tables = unsafe { CHARGES.get_ptr_mut(place.into())?.as_mut()? };
+    let which = usize::from(get(&thread.table) & 1);
+    Some((&mut tables.tables[which], which))
+}
+
+/// Charges the `ns` of the stint of `prev`, which ends now, to somebody else than the last time.
+///
+/// # Safety
+/// `prev` must be an argument of a BTF tracepoint.
+#[inline(never)]
+unsafe fn charge_another(thread: &mut Thread, prev: Address, now: u64, ns: u64) {
+    let Some((charges, which)) = charges(thread) else { return };
+    // SAFETY: by the caller.
+    let stint = &unsafe { stint(prev, now) };
+    let before = thread.recent[which];
+    if before.kind != 0
+        && let Some(culprit) = charges.culprits.get_mut(usize::from(get(&thread.likely[which])))
+    {
+        culprit.ns += before.ns;
+    }
+    let (kind, id) = who(stint.tid, stint.tgid, stint.flags);
+    add(thread, charges, stint, ns);
+    let found = get(&thread.found);
+    set(&mut thread.likely[which], found);
+    set(&mut thread.recent[which], Recent { id, kind: if found < NO_PLACE { kind } else { 0 }, ns: 0 });
 }
 
 /// Charges a wait of which only the end of the run after it was seen.
 #[inline(never)]
 pub(crate) fn charge_nobody(thread: &Thread, ns: u64) {
-    let Some(place) = thread.histograms.checked_sub(1) else { return };
-    // SAFETY: a valid map value; only the CPU that switches the thread changes it.
-    if let Some(tables) = unsafe { CHARGES.get_ptr_mut(place.into()).and_then(|t| t.as_mut()) } {
-        tables.tables[usize::from(get(&thread.table) & 1)].unknown_ns += ns;
+    if let Some((charges, _)) = charges(thread) {
+        charges.unknown_ns += ns;
     }
 }
 
 /// Charges the part of a wait before `until` to those who ran before.
 #[inline(never)]
-fn charge_history(thread: &mut Thread, charges: &mut Charges, queued: u64, until: u64) {
+fn charge_history(thread: &mut Thread, queued: u64, until: u64) {
+    let Some((charges, _)) = charges(thread) else { return };
     // SAFETY: plain helper call.
     let cpu = unsafe { bpf_get_smp_processor_id() };
     // The next wait will find more.
@@ -210,7 +256,7 @@ fn add(thread: &mut Thread, charges: &mut Charges, stint: &Stint, ns: u64) {
     if irq > 0 {
         add_to(thread, charges, None, Share { kind: KIND_IRQ, id: 0, ns: irq });
     }
-    let (kind, id) = who(stint);
+    let (kind, id) = who(stint.tid, stint.tgid, stint.flags);
     add_to(thread, charges, Some(stint), Share { kind, id, ns: ns - irq });
 }
 
@@ -223,14 +269,13 @@ struct Share {
 
 /// Kind and id of who had the CPU.
 #[inline(always)]
-fn who(stint: &Stint) -> (u32, u32) {
-    if stint.tid == 0 {
+fn who(tid: u32, tgid: u32, flags: u32) -> (u32, u32) {
+    if tid == 0 {
         (KIND_IDLE, 0)
-    } else if stint.flags & PF_KTHREAD != 0 || stint.flags & (PF_USER_WORKER | PF_IO_WORKER) == PF_USER_WORKER
-    {
-        (KIND_KERNEL, stint.tid)
+    } else if flags & PF_KTHREAD != 0 || flags & (PF_USER_WORKER | PF_IO_WORKER) == PF_USER_WORKER {
+        (KIND_KERNEL, tid)
     } else {
-        (KIND_PROCESS, stint.tgid)
+        (KIND_PROCESS, tgid)
     }
 }
 

@@ -63,13 +63,14 @@ pub const ARMED: u8 = 2;
 /// What is marked so is written by user space; the rest by the programs: by `seed_threads` when the thread is first
 /// followed, then by `sched_switch` on the CPU that the thread leaves. Counts begin when it is followed. What lies between its
 /// last leave and now, a run included, is known from the scheduler's own figures: nothing of it is here.
-/// What a switch needs is in the first 64 bytes, one cache line.
-#[repr(C, align(128))]
+/// What each switch needs is in the first 64 bytes, one cache line; what it leaves to be sorted later, in the next; what else a
+/// reader needs, in the last.
+#[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thread {
     /// Thread id in the initial pid namespace; 0 is a free slot. User space.
     pub tid: u32,
-    /// Odd while a switch changes what follows, and different after it.
+    /// Odd while a switch changes what follows or the histograms, and different after it.
     pub sequence: u32,
     /// One of the `STATE_…` numbers, as of the last switch away.
     pub state: u8,
@@ -78,8 +79,8 @@ pub struct Thread {
     /// Where the programs put the number of a culprit, to read it back as one the verifier knows nothing of: else Linux
     /// 6.1 follows every number of every stint to its end, and gives up after a million instructions.
     pub found: u8,
-    /// Number of the culprit that was charged last, if any: it will be charged again.
-    pub likely: u8,
+    /// How many of `log` are not in the histograms yet.
+    pub logged: u8,
     /// Place of its histograms and charges, plus 1; 0 = none are kept; or [`CLOCK_THREAD`]. User space.
     pub histograms: u16,
     /// Place of its group of siblings, plus 1; 0 = none. User space.
@@ -105,22 +106,63 @@ pub struct Thread {
     pub counts_as: u8,
     /// Not 0 if its waits are charged; it is marked with [`MARK_ARRIVES`] then. User space.
     pub charged: u8,
-    /// Nothing; there is no padding.
-    pub reserved: u16,
+    /// For each of its two tables: place of the culprit in `recent`.
+    pub likely: [u8; 2],
+    /// Runs that ended and the waits before them, for the histograms; see [`Logged`].
+    pub log: [Logged; LOG],
+    /// While its state is [`STATE_THROTTLED`]: how long its `cfs_rq` had been throttled altogether when it began,
+    /// nanoseconds.
+    pub throttled_before_ns: u64,
+    /// For each of its two tables: who was charged last, and will be again.
+    pub recent: [Recent; 2],
     /// Switches to on another CPU than the last.
     pub migrations: u32,
     /// Those of them that led to another NUMA node.
     pub node_migrations: u32,
     /// Part of the finished waits in which a CFS quota kept it from running, nanoseconds.
     pub throttled_ns: u64,
-    /// While its state is [`STATE_THROTTLED`]: how long its `cfs_rq` had been throttled altogether when it began,
-    /// nanoseconds.
-    pub throttled_before_ns: u64,
     /// Address of the `task_struct`, 0 until the thread was seen. Only ever read through
     /// `bpf_probe_read_kernel`, and believed only while the id found there is `tid`.
     pub task: u64,
     /// `task_struct.start_boottime`, nanoseconds: tells a reused thread id from the thread meant.
     pub start_boottime_ns: u64,
+}
+
+/// Runs of a thread that are remembered before they are put into its histograms all at once. The histograms of a host's
+/// threads are in no cache and on a page each: to visit them costs several times what the rest of a switch does.
+pub const LOG: usize = 7;
+
+/// A run that ended, and the wait before it. Longer ones than four seconds are not remembered but counted at once.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Logged {
+    /// Length of the run, nanoseconds.
+    pub run_ns: u32,
+    /// Length of the wait, nanoseconds; 0 if there was none.
+    pub wait_ns: u32,
+}
+
+impl Logged {
+    /// Nothing.
+    pub const ZERO: Self = Self { run_ns: 0, wait_ns: 0 };
+}
+
+/// A culprit that is charged again and again, and what it was not charged yet: where the thread's other figures are,
+/// because the table is on another page.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recent {
+    /// As in [`Culprit`].
+    pub id: u32,
+    /// As in [`Culprit`]; 0 = nobody.
+    pub kind: u32,
+    /// To be added to [`Culprit::ns`], nanoseconds.
+    pub ns: u64,
+}
+
+impl Recent {
+    /// Nobody.
+    pub const ZERO: Self = Self { id: 0, kind: 0, ns: 0 };
 }
 
 impl Thread {
@@ -131,7 +173,7 @@ impl Thread {
         state: STATE_UNKNOWN,
         table: 0,
         found: 0,
-        likely: 0,
+        logged: 0,
         histograms: 0,
         group: 0,
         since_ns: 0,
@@ -144,11 +186,13 @@ impl Thread {
         next: 0,
         counts_as: STATE_UNKNOWN,
         charged: 0,
-        reserved: 0,
+        likely: [0; 2],
+        log: [Logged::ZERO; LOG],
+        throttled_before_ns: 0,
+        recent: [Recent::ZERO; 2],
         migrations: 0,
         node_migrations: 0,
         throttled_ns: 0,
-        throttled_before_ns: 0,
         task: 0,
         start_boottime_ns: 0,
     };
@@ -170,6 +214,8 @@ pub const STATE_PREEMPTED: u8 = 3;
 pub const STATE_THROTTLED: u8 = 4;
 /// Lost its CPU when it was about to sleep. The kernel does not take it for one that waits (`sched_info_depart()`).
 pub const STATE_INTERRUPTED: u8 = 5;
+/// Left its CPU for the last time. Whoever gets its id afterwards is another thread.
+pub const STATE_ENDED: u8 = 6;
 
 /// Groups of siblings that can be kept at once.
 pub const GROUPS: u32 = 2_048;
@@ -330,6 +376,22 @@ pub struct Histograms {
 impl Histograms {
     /// Nothing counted.
     pub const ZERO: Self = Self { wait: [0; BUCKETS], run: [0; BUCKETS], stagger: [0; 8] };
+
+    /// Counts a run, and the wait before it unless there was none; both nanoseconds.
+    #[inline(always)]
+    pub fn count(&mut self, run: u64, wait: u64) {
+        count(&mut self.run, run);
+        if wait != 0 {
+            count(&mut self.wait, wait);
+        }
+    }
+}
+
+#[inline(always)]
+fn count(histogram: &mut Histogram, ns: u64) {
+    if let Some(count) = histogram.get_mut(bucket(ns) as usize) {
+        *count = count.wrapping_add(1);
+    }
 }
 
 /// Histograms that can be kept at once, unless user space asks for another number when it loads the programs, as for all
@@ -640,7 +702,8 @@ impl Layout {
     };
 }
 
-const _: () = assert!(size_of::<Thread>() == 128 && core::mem::offset_of!(Thread, migrations) == 64);
+const _: () = assert!(size_of::<Thread>() == 192 && core::mem::offset_of!(Thread, log) == 64);
+const _: () = assert!(core::mem::offset_of!(Thread, recent) == 128);
 const _: () = assert!(size_of::<Reading>() == 104);
 const _: () = assert!(size_of::<Clock>() == 40);
 const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1088);

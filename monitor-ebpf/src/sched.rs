@@ -17,11 +17,10 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, RawTracePointContext},
 };
 use monitor_ebpf::{
-    ARMED, CHAIN, CLOCK_THREAD, COMPARISONS, CPUS, Clock, Filter, GROUPS, Group, HISTOGRAMS, Histogram,
-    Histograms, MARK_ARRIVES, MARK_FOLLOWED, NO_FIELD, NOW_RUNNING, NOW_SLEEPING, NOW_WAITING, Nodes,
-    READ_BATCH, READ_LAST, READ_LIVE, READ_NOTHING, READ_TORN, Reading, STATE_INTERRUPTED, STATE_ON_CPU,
-    STATE_PREEMPTED, STATE_SLEEPING, STATE_THROTTLED, STATE_UNKNOWN, THREADS, TID_PLACES, Thread, bucket,
-    mark_place,
+    ARMED, CHAIN, CLOCK_THREAD, COMPARISONS, CPUS, Clock, Filter, GROUPS, Group, HISTOGRAMS, Histograms,
+    Logged, MARK_ARRIVES, MARK_FOLLOWED, NO_FIELD, NOW_RUNNING, NOW_SLEEPING, NOW_WAITING, Nodes, READ_BATCH,
+    READ_LAST, READ_LIVE, READ_NOTHING, READ_TORN, Reading, STATE_ENDED, STATE_INTERRUPTED, STATE_ON_CPU,
+    STATE_PREEMPTED, STATE_SLEEPING, STATE_THROTTLED, STATE_UNKNOWN, THREADS, TID_PLACES, Thread, mark_place,
 };
 
 use crate::{
@@ -102,7 +101,9 @@ fn switched(
 ) {
     let (prev, next): (Address, Address) = (ctx.arg(1), ctx.arg(2));
     let prev_state: u32 = ctx.arg(3);
-    let state = if prev_state == 0 {
+    let state = if ways & TASK_DEAD != 0 {
+        STATE_ENDED
+    } else if prev_state == 0 {
         // SAFETY: `prev` is an argument of a BTF tracepoint.
         if unsafe { is_throttled(prev) } { STATE_THROTTLED } else { STATE_PREEMPTED }
     } else if ctx.arg::<u32>(0) & 1 == 0 {
@@ -116,10 +117,11 @@ fn switched(
         tell_others(filter, leaving.as_deref(), ways | u64::from(state) << STATE_LOG2, (prev, next));
     }
     if let Some(thread) = leaving {
-        leave(thread, prev, (clock(prev), cpu), state);
-        if prev_state == 0 {
+        // It waits from now on, and who runs meanwhile will be asked for.
+        if prev_state == 0 && thread.charged != 0 {
             arm(filter, cpu);
         }
+        leave(thread, prev, (clock(prev), cpu), state);
     }
     if ways & TASK_DEAD != 0 {
         thread_ended(prev as u64);
@@ -136,7 +138,9 @@ fn tell_others(filter: &Filter, leaving: Option<&Thread>, ways: u64, (prev, next
     if let Some(thread) = coming {
         come(thread, (prev, next), now, &mut groups);
     }
-    if let Some(thread) = leaving {
+    if let Some(thread) = leaving
+        && thread.state != STATE_ENDED
+    {
         let state = (ways >> STATE_LOG2 & 0xff) as u8;
         groups.left = thread.group;
         groups.left_step = Group::share(state).wrapping_sub(Group::share(thread.counts_as));
@@ -147,13 +151,14 @@ fn tell_others(filter: &Filter, leaving: Option<&Thread>, ways: u64, (prev, next
 /// A thread gets this CPU, and is one to look at then.
 #[inline(always)]
 fn come(thread: &mut Thread, (prev, next): (Address, Address), now: u64, groups: &mut Groups) {
+    if thread.state == STATE_ENDED {
+        return;
+    }
     // SAFETY: `next` is an argument of a BTF tracepoint. `sched_info_arrive()` clears this just afterwards.
     let queued: u64 = unsafe { load(next, offset(&LAYOUT.task_last_queued)) };
-    if thread.charged != 0
-        && let (Some(place), true) = (thread.histograms.checked_sub(1), queued != 0 && queued < now)
-    {
+    if thread.charged != 0 && queued != 0 && queued < now {
         // SAFETY: `prev` is an argument of a BTF tracepoint.
-        unsafe { charge(thread, place.into(), prev, (queued, now)) };
+        unsafe { charge(thread, prev, (queued, now)) };
     }
     if thread.group != 0 {
         groups.entered = thread.group;
@@ -191,21 +196,14 @@ fn leave(thread: &mut Thread, task: Address, (now, cpu): (u64, u32), state: u8) 
         )
     };
     let was = thread.state;
-    if was != STATE_UNKNOWN
-        && let Some(histograms) = histograms(thread)
-    {
-        let waited = wait.wrapping_sub(thread.wait_ns);
-        count(&mut histograms.run, run.wrapping_sub(thread.run_ns));
-        if waited != 0 {
-            count(&mut histograms.wait, waited);
-            if thread.charged != 0 && thread.counts_as != STATE_ON_CPU {
-                charge_nobody(thread, waited);
-            }
-        }
+    if was == STATE_ENDED {
+        return;
     }
     let sequence = begin(thread);
     if was == STATE_UNKNOWN {
         note_identity(thread, task);
+    } else if thread.histograms != 0 {
+        distribute(thread, run.wrapping_sub(thread.run_ns), wait.wrapping_sub(thread.wait_ns));
     }
     if was == STATE_THROTTLED || state == STATE_THROTTLED {
         throttled(thread, task as u64, state, (arrived, now));
@@ -218,7 +216,7 @@ fn leave(thread: &mut Thread, task: Address, (now, cpu): (u64, u32), state: u8) 
     set(&mut thread.state, state);
     set(&mut thread.counts_as, state);
     // As the kernel decides between `nvcsw` and `nivcsw` in `__schedule()`.
-    if state == STATE_SLEEPING {
+    if state == STATE_SLEEPING || state == STATE_ENDED {
         let yields = thread.yields.wrapping_add(1);
         set(&mut thread.yields, yields);
     } else {
@@ -231,6 +229,38 @@ fn leave(thread: &mut Thread, task: Address, (now, cpu): (u64, u32), state: u8) 
     end(thread, sequence);
     if thread.histograms == CLOCK_THREAD {
         compare_clocks(now);
+    }
+}
+
+/// Notes a run and the wait before it for the histograms.
+#[inline(always)]
+fn distribute(thread: &mut Thread, run: u64, wait: u64) {
+    let place = usize::from(thread.logged);
+    let next = match thread.log.get_mut(place) {
+        Some(logged) if (run | wait) >> 32 == 0 => {
+            #[expect(clippy::cast_possible_truncation, reason = "checked")]
+            set(logged, Logged { run_ns: run as u32, wait_ns: wait as u32 });
+            place + 1
+        }
+        _ => {
+            count(thread, run, wait);
+            0
+        }
+    };
+    #[expect(clippy::cast_possible_truncation, reason = "at most `LOG`")]
+    set(&mut thread.logged, next as u8);
+    if thread.charged != 0 && thread.counts_as != STATE_ON_CPU && wait != 0 {
+        charge_nobody(thread, wait);
+    }
+}
+
+/// Counts all that was noted, and one more run with its wait.
+#[inline(never)]
+fn count(thread: &mut Thread, run: u64, wait: u64) {
+    let Some(histograms) = histograms(thread) else { return };
+    histograms.count(run, wait);
+    for logged in thread.log.iter().take(thread.logged.into()) {
+        histograms.count(logged.run_ns.into(), logged.wait_ns.into());
     }
 }
 
@@ -417,13 +447,6 @@ fn histograms(thread: &Thread) -> Option<&'static mut Histograms> {
     unsafe { HISTOGRAM_SETS.get_ptr_mut(index.into())?.as_mut() }
 }
 
-#[inline(always)]
-fn count(histogram: &mut Histogram, ns: u64) {
-    if let Some(count) = histogram.get_mut(bucket(ns) as usize) {
-        *count = count.wrapping_add(1);
-    }
-}
-
 #[inline(never)]
 fn note_identity(thread: &mut Thread, task: Address) {
     // A thread keeps its `task_struct`, so the first switch tells it all.
@@ -524,7 +547,9 @@ extern "C" fn seed_threads(ctx: *mut core::ffi::c_void) -> i32 {
     }
     // SAFETY: the iterator's task is a pointer the verifier trusts.
     let tid: u32 = unsafe { load(task, offset(&LAYOUT.task_pid)) };
-    if let Some(thread) = followed(tid) {
+    if let Some(thread) = followed(tid)
+        && thread.state != STATE_ENDED
+    {
         note_identity(thread, task);
     }
     note_process(tid, task);
@@ -669,7 +694,7 @@ fn read_once(thread: &Thread, reading: &mut Reading, sched: u64) -> Option<(u32,
     reading.on_cpu_ns = get(&thread.on_cpu_ns);
     reading.open_run_ns = 0;
     reading.open_wait_ns = 0;
-    if probe::<u32>(thread.task, offset(&LAYOUT.task_pid)) != Some(thread.tid) {
+    if get(&thread.state) == STATE_ENDED || probe(thread.task, offset(&LAYOUT.task_pid)) != Some(thread.tid) {
         reading.run_ns = get(&thread.run_ns);
         reading.wait_ns = get(&thread.wait_ns);
         reading.doing = NOW_SLEEPING;
@@ -685,9 +710,8 @@ fn read_live(thread: &Thread, reading: &mut Reading, now: u64) -> Option<u64> {
     let task = thread.task;
     let (state, since) = (get(&thread.state), get(&thread.since_ns));
     let run: u64 = probe(task, offset(&LAYOUT.task_sum_exec_runtime))?;
-    let wait: u64 = probe(task, offset(&LAYOUT.task_run_delay))?;
-    let queued: u64 = probe(task, offset(&LAYOUT.task_last_queued))?;
-    let arrived: u64 = probe(task, offset(&LAYOUT.task_last_arrival))?;
+    let info = sched_info(task)?;
+    let Info { wait, arrived, queued } = info;
     let mut latest = since;
     reading.doing = NOW_SLEEPING;
     if queued != 0 {
@@ -723,11 +747,32 @@ fn read_live(thread: &Thread, reading: &mut Reading, now: u64) -> Option<u64> {
     }
     reading.run_ns = run + reading.open_run_ns;
     reading.wait_ns = wait + reading.open_wait_ns;
-    // What the kernel changes when it gives the thread a CPU, in this order: `sched_info_arrive()`.
-    let same = probe::<u64>(task, offset(&LAYOUT.task_last_queued))? == queued
-        && probe::<u64>(task, offset(&LAYOUT.task_run_delay))? == wait
-        && probe::<u64>(task, offset(&LAYOUT.task_last_arrival))? == arrived;
-    same.then_some(latest)
+    // What the kernel changes when it gives the thread a CPU: `sched_info_arrive()`.
+    (sched_info(task)? == info).then_some(latest)
+}
+
+/// Of `task_struct.sched_info`, all nanoseconds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Info {
+    /// `run_delay`.
+    wait: u64,
+    /// `last_arrival`.
+    arrived: u64,
+    /// `last_queued`.
+    queued: u64,
+}
+
+/// All of it at once: each call of the helper costs as much as the rest of a reading.
+#[inline(always)]
+fn sched_info(task: u64) -> Option<Info> {
+    let first = offset(&LAYOUT.task_run_delay);
+    let words: [u64; 8] = probe(task, first)?;
+    let word = |of: &u32| words.get(offset(of).wrapping_sub(first) as usize / 8).copied();
+    Some(Info {
+        wait: words[0],
+        arrived: word(&LAYOUT.task_last_arrival)?,
+        queued: word(&LAYOUT.task_last_queued)?,
+    })
 }
 
 /// Whether a thread that does not wait is on a CPU: it has got one since it left its last. One that was not seen to leave

@@ -5,7 +5,7 @@ use std::{
     fs::File,
     io::Read as _,
     mem::offset_of,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{self, AtomicU64, Ordering},
 };
 
 use aya::{
@@ -14,7 +14,7 @@ use aya::{
 };
 use monitor_ebpf::{
     ARMED, CHAIN, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, Filter, Group, Histograms,
-    MARK_ARRIVES, MARK_FOLLOWED, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading,
+    MARK_ARRIVES, MARK_FOLLOWED, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, Recent,
     TID_PLACES, Thread, mark_place,
 };
 
@@ -31,6 +31,9 @@ use crate::{
 
 /// Once or twice this time after a followed thread waited there last, a CPU stops writing its history.
 const DISARM_INTERVAL_NS: u64 = 10_000_000_000;
+
+/// How often something is read again that changed meanwhile.
+const ATTEMPTS: usize = 64;
 
 /// A thread that is followed.
 #[derive(Debug, PartialEq, Eq)]
@@ -256,22 +259,61 @@ impl Sched {
         self.followed -= 1;
     }
 
-    /// The distributions of a thread's waits and runs since it is followed, if they are kept. Counts are modulo 2³².
+    /// The distributions of a thread's waits and runs since it is followed, if they are kept. Counts are modulo 2³². `None` too
+    /// if they changed under every attempt to read them.
     pub(super) fn histograms(&self, slot: &Slot) -> Option<Histograms> {
-        slot.histograms.map(|place| self.histograms.get(place as usize))
+        let (place, at) = (slot.histograms? as usize, slot.thread as usize);
+        let sequence = self.threads.half_of(at, offset_of!(Thread, sequence) / 4);
+        (0..ATTEMPTS).find_map(|_| {
+            let before = sequence.load(Ordering::Acquire);
+            let (mut histograms, thread) = (self.histograms.get(place), self.threads.get(at));
+            atomic::fence(Ordering::Acquire);
+            if before & 1 != 0 || sequence.load(Ordering::Relaxed) != before {
+                std::hint::spin_loop();
+                return None;
+            }
+            for logged in thread.log.iter().take(thread.logged.into()) {
+                histograms.count(logged.run_ns.into(), logged.wait_ns.into());
+            }
+            Some(histograms)
+        })
     }
 
     /// Takes what was charged for the thread's waits since the last call: the programs go on in another table.
     pub(super) fn take_charges(&self, slot: &Slot) -> Option<Charges> {
         const WORDS: usize = size_of::<Charges>() / 8;
-        let place = slot.histograms? as usize;
-        let chosen = self.threads.byte_of(slot.thread as usize, offset_of!(Thread, table));
+        const RECENT: usize = offset_of!(Thread, recent) / 8;
+        const WORDS_OF_RECENT: usize = size_of::<Recent>() / 8;
+        let (place, at) = (slot.histograms? as usize, slot.thread as usize);
+        let chosen = self.threads.byte_of(at, offset_of!(Thread, table));
         let in_use = usize::from(chosen.load(Ordering::Relaxed) & 1);
+        let other = 1 - in_use;
         for word in 0..WORDS {
-            self.charges.word_of(place, (1 - in_use) * WORDS + word).store(0, Ordering::Relaxed);
+            self.charges.word_of(place, other * WORDS + word).store(0, Ordering::Relaxed);
+        }
+        for word in 0..WORDS_OF_RECENT {
+            self.threads.word_of(at, RECENT + other * WORDS_OF_RECENT + word).store(0, Ordering::Relaxed);
         }
         chosen.store(u8::from(in_use == 0), Ordering::Release);
-        Some(self.charges.get(place).tables[in_use])
+        // A switch on another CPU may still be charging to this one.
+        let read = || {
+            let Thread { recent, likely, .. } = self.threads.get(at);
+            (self.charges.get(place).tables[in_use], recent[in_use], likely[in_use])
+        };
+        let mut last = read();
+        for _ in 0..ATTEMPTS {
+            let now = read();
+            if std::mem::replace(&mut last, now) == now {
+                break;
+            }
+        }
+        let (mut charges, recent, likely) = last;
+        if recent.kind != 0
+            && let Some(culprit) = charges.culprits.get_mut(usize::from(likely))
+        {
+            culprit.ns += recent.ns;
+        }
+        Some(charges)
     }
 
     /// Where the programs go on from a slot.
