@@ -9,8 +9,10 @@
 
 use std::{
     fs::{File, OpenOptions},
+    io::Write as _,
     os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -352,17 +354,66 @@ fn what_ends_after_its_disk_is_unplugged_is_nobodys() {
     assert_eq!((image.begun, image.operations[WRITE as usize].done), ([0; 3], 0), "{image:?}");
 }
 
+// ---- reads that are no guest's
+
+/// dd reads as QEMU does to learn what an image is: its first thread waits for each.
+#[test]
+fn what_the_first_thread_waits_for_is_counted_apart() {
+    const READS: u64 = 13;
+    let stage = Stage::new("requests");
+    let mut ebpf = open();
+    if !ebpf.can(Hook::Iomap) {
+        println!("reads are not told apart here: Linux before 6.5");
+        return;
+    }
+    let script = format!(
+        "read go; exec dd if={} of=/dev/null bs=4096 count={READS} iflag=direct status=none",
+        stage.file.display()
+    );
+    let mut dd = Command::new("sh").args(["-c", &script]).stdin(Stdio::piped()).spawn().unwrap();
+    let slot = watch(&mut ebpf, Tgid(dd.id()), &stage.file, (true, Aio::Threads));
+    dd.stdin.take().unwrap().write_all(b"\n").unwrap();
+    assert!(dd.wait().unwrap().success());
+    let image = image(&ebpf, &slot);
+    assert_eq!((image.open_requests, image.open_bytes), (READS, READS * 4096), "{image:?}");
+    assert_eq!((image.begun, image.operations[READ as usize].done), ([0; 3], 0), "{image:?}");
+}
+
 // ---- ends that nobody sees
 
 /// A page of memory where direct I/O wants it.
 #[repr(align(4096))]
 struct Page([u8; PAGE]);
 
-/// A file for direct I/O by this process, and the same file for the page cache.
-fn own_files(stage: &Stage) -> (File, File) {
-    let open =
-        |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(&stage.file).unwrap();
-    (open(libc::O_DIRECT), open(0))
+/// A file for direct I/O by this process, which is watched, and the same file for the page cache.
+struct Own {
+    direct: File,
+    cached: File,
+    ebpf: Ebpf,
+    slot: ImageSlot,
+    /// The last to go.
+    _stage: Stage,
+}
+
+impl Own {
+    /// `None`, and a word about it, where the kernel does not show direct I/O as the file system takes it.
+    fn watched(aio: Aio) -> Option<Self> {
+        let stage = Stage::new("requests");
+        let open =
+            |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(&stage.file).unwrap();
+        let (direct, cached) = (open(libc::O_DIRECT), open(0));
+        let mut ebpf = self::open();
+        if !ebpf.can(Hook::Iomap) {
+            println!("requests are not seen here where this happens: Linux before 6.5");
+            return None;
+        }
+        let slot = watch(&mut ebpf, own_tgid(), &stage.file, (true, aio));
+        Some(Self { direct, cached, ebpf, slot, _stage: stage })
+    }
+
+    fn image(&self) -> Image {
+        image(&self.ebpf, &self.slot)
+    }
 }
 
 /// The kernel may have another place for the request each time; as often as that, it has the same as before at last.
@@ -411,29 +462,22 @@ impl Drop for Changing {
 /// after it began, and made through the page cache. The next request in the same place shows that it is over.
 #[test]
 fn a_request_whose_end_is_not_seen_is_counted_once_and_not_in_flight_for_ever() {
-    let stage = Stage::new("requests");
-    let (direct, cached) = own_files(&stage);
-    let mut ebpf = open();
-    if !ebpf.can(Hook::Iomap) {
-        println!("requests are not seen here where this happens: Linux before 6.5");
-        return;
-    }
-    let slot = watch(&mut ebpf, own_tgid(), &stage.file, (true, Aio::Threads));
+    let Some(own) = Own::watched(Aio::Threads) else { return };
     let page = Page([7; PAGE]);
     let mut writes = 0;
     let mut write = |limit: &dyn Fn(&Image) -> bool| {
-        while !limit(&image(&ebpf, &slot)) {
-            assert!(writes < TRIES, "{:?}", image(&ebpf, &slot));
-            direct.write_all_at(&page.0, 0).unwrap();
+        while !limit(&own.image()) {
+            assert!(writes < TRIES, "{:?}", own.image());
+            own.direct.write_all_at(&page.0, 0).unwrap();
             writes += 1;
         }
         writes
     };
-    let changing = Changing::first_page(&cached);
+    let changing = Changing::first_page(&own.cached);
     write(&|image| image.in_flight() + image.unseen > 0);
     drop(changing);
     let writes = write(&|image| image.in_flight() == 0);
-    let over = image(&ebpf, &slot);
+    let over = own.image();
     let done = over.operations[WRITE as usize].done;
     println!("{writes} requests, {done} seen to end, {} not", over.unseen);
     assert!(over.unseen > 0);
@@ -444,39 +488,28 @@ fn a_request_whose_end_is_not_seen_is_counted_once_and_not_in_flight_for_ever() 
 /// A request that may not wait, and would have to, is made again by whoever may: one request.
 #[test]
 fn a_request_that_is_made_again_counts_once() {
-    let stage = Stage::new("requests");
-    let (direct, cached) = own_files(&stage);
-    let mut ebpf = open();
-    if !ebpf.can(Hook::Iomap) {
-        println!("requests are not seen here where this happens: Linux before 6.5");
-        return;
-    }
-    let slot = watch(&mut ebpf, own_tgid(), &stage.file, (true, Aio::Uring));
+    let Some(own) = Own::watched(Aio::Uring) else { return };
     // Not by the main thread: whose reads are those of QEMU opening an image.
-    let made = std::thread::spawn(move || {
-        make_again(&ebpf, &slot, &direct, &cached);
-        drop(ebpf);
-    });
-    made.join().unwrap();
+    std::thread::spawn(move || make_again(&own)).join().unwrap();
 }
 
-fn make_again(ebpf: &Ebpf, slot: &ImageSlot, direct: &File, cached: &File) {
+fn make_again(own: &Own) {
     let mut page = Page([0; PAGE]);
     let mut read = |flags| {
         let mut into = [std::io::IoSliceMut::new(&mut page.0)];
-        rustix::io::preadv2(direct, &mut into, 0, flags)
+        rustix::io::preadv2(&own.direct, &mut into, 0, flags)
     };
     // What is not written back yet would have to be, before it is read past the page cache.
-    cached.write_all_at(&[9; PAGE], 0).unwrap();
+    own.cached.write_all_at(&[9; PAGE], 0).unwrap();
     assert_eq!(read(ReadWriteFlags::NOWAIT), Err(rustix::io::Errno::AGAIN));
-    assert_eq!(image(ebpf, slot).in_flight(), 1);
+    assert_eq!(own.image().in_flight(), 1);
     let mut reads = 0;
-    while image(ebpf, slot).in_flight() > 0 {
-        assert!(reads < TRIES, "{:?}", image(ebpf, slot));
+    while own.image().in_flight() > 0 {
+        assert!(reads < TRIES, "{:?}", own.image());
         assert_eq!(read(ReadWriteFlags::empty()), Ok(PAGE));
         reads += 1;
     }
-    let over = image(ebpf, slot);
+    let over = own.image();
     println!("made again by the last of {reads}: {over:?}");
     assert_eq!(
         (over.unseen, over.operations[READ as usize].done, over.begun[READ as usize]),
