@@ -15,21 +15,25 @@
 use core::{
     ffi::c_void,
     intrinsics::{AtomicOrdering::Relaxed, atomic_xadd},
+    mem::MaybeUninit,
 };
 
 use aya_ebpf::{
     bindings::BPF_F_MMAPABLE,
-    helpers::{bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_loop},
+    helpers::{
+        bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_loop,
+        generated::bpf_probe_read_kernel,
+    },
     macros::{btf_tracepoint, map},
     maps::Array,
     programs::BtfTracePointContext,
 };
 use monitor_ebpf::{
     ANY_PROCESS, BLOCK_DEVICE, BY_BIO, BY_CALL, BY_IOMAP, BlockFilter, BlockLayout, CALL_FALLOCATE,
-    CALL_FDATASYNC, CALL_FSYNC, CALL_PREAD, CALL_PREADV, CALL_PWRITE, CALL_PWRITEV, FLIGHT_PROBES, FLIGHTS,
-    FLUSH, FLUSH_BY_BIO, FLUSH_BY_CALL, FLUSH_BY_EXT4, Flight, IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES,
-    IMAGE_TABLE_PROBES, IMAGES, Image, ImageHistograms, ImageKey, ImageTable, MERGED, PROCESS_FILTER_BITS,
-    READ, WANTED_BELOW, WANTED_DEVICES, WRITE, bucket, flight_start,
+    CALL_READ, CALL_WRITE, FLIGHT_PROBES, FLIGHTS, FLUSH, FLUSH_BY_BIO, FLUSH_BY_CALL, FLUSH_BY_EXT4, Flight,
+    IMAGE_HISTOGRAMS, IMAGE_TABLE_ENTRIES, IMAGE_TABLE_PROBES, IMAGES, Image, ImageEntry, ImageHistograms,
+    ImageKey, ImageTable, MERGED, PROCESS_FILTER_BITS, READ, WANTED_BELOW, WANTED_DEVICES, WRITE, bucket,
+    flight_start,
 };
 
 use crate::{
@@ -76,12 +80,6 @@ impl Found {
         offset(&self.image.counted_by) & by != 0
     }
 
-    /// The device below, if it is counted apart.
-    #[inline(always)]
-    fn below(self) -> Option<Self> {
-        Self::at(offset(&self.image.below).checked_sub(1)? as u16)
-    }
-
     #[inline(always)]
     fn at(slot: u16) -> Option<Self> {
         // SAFETY: a valid map value; counters are added to atomically.
@@ -118,6 +116,40 @@ impl Request {
     }
 }
 
+/// What is known of a request when it begins, in one register: its bytes, at most 2^32 − 1, the slot of its image, the
+/// operation, and whether it may not wait.
+#[derive(Clone, Copy)]
+struct What(u64);
+
+impl What {
+    #[inline(always)]
+    fn new(slot: u16, request: Request) -> Self {
+        let no_wait = if request.no_wait { 1 << 56 } else { 0 };
+        let place = u64::from(slot) << 32 | u64::from(request.operation) << 48;
+        Self(u64::from(request.bytes as u32) | place | no_wait)
+    }
+
+    #[inline(always)]
+    const fn bytes(self) -> u32 {
+        self.0 as u32
+    }
+
+    #[inline(always)]
+    const fn slot(self) -> u16 {
+        (self.0 >> 32) as u16
+    }
+
+    #[inline(always)]
+    const fn operation(self) -> u32 {
+        (self.0 >> 48) as u8 as u32
+    }
+
+    #[inline(always)]
+    const fn no_wait(self) -> bool {
+        self.0 >> 56 != 0
+    }
+}
+
 /// `trace_iomap_dio_rw_begin(struct kiocb *iocb, struct iov_iter *iter, unsigned int dio_flags, size_t done_before)`
 /// (Linux 6.5): direct I/O on a file begins, in the context of the task that makes it.
 ///
@@ -128,6 +160,7 @@ pub(crate) fn iomap_dio_rw_begin(ctx: BtfTracePointContext) -> i32 {
     let thread = bpf_get_current_pid_tgid();
     let Some(filter) = filter().filter(|filter| may_be_watched(filter, thread)) else { return 0 };
     let (kiocb, iter): (Address, Address) = (ctx.arg(0), ctx.arg(1));
+    let beginning = Beginning::now(filter, key_of(filter, kiocb));
     // SAFETY: arguments of a BTF tracepoint, and what is loaded through them.
     let (inode, written, bytes) = unsafe {
         let file: Address = load(kiocb, offset(&BLOCK_LAYOUT.kiocb_file));
@@ -150,7 +183,7 @@ pub(crate) fn iomap_dio_rw_begin(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: as above.
     let no_wait = unsafe { load::<u32>(kiocb, offset(&BLOCK_LAYOUT.kiocb_flags)) } & NO_WAIT != 0;
     let request = Request { operation: if written { WRITE } else { READ }, bytes, no_wait };
-    begin(filter, key_of(filter, kiocb), found, request);
+    begin(beginning, found, request);
     0
 }
 
@@ -176,8 +209,42 @@ const REQ_WRITE_ZEROES: u32 = 9;
 struct Asked {
     bio: Address,
     device: u32,
-    opf: u32,
-    bytes: u64,
+}
+
+impl Asked {
+    #[inline(always)]
+    fn of(bio: Address) -> Self {
+        // SAFETY: an argument of a BTF tracepoint, and what is loaded through it.
+        let device = unsafe {
+            let bdev: Address = load(bio, offset(&BLOCK_LAYOUT.bio_bdev));
+            load(bdev, offset(&BLOCK_LAYOUT.bdev_dev))
+        };
+        Self { bio, device }
+    }
+
+    /// Operation and flags.
+    #[inline(always)]
+    fn opf(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { load(self.bio, offset(&BLOCK_LAYOUT.bio_opf)) }
+    }
+
+    #[inline(always)]
+    fn bytes(self) -> u64 {
+        // SAFETY: as above.
+        u64::from(unsafe { load::<u32>(self.bio, offset(&BLOCK_LAYOUT.bio_size)) })
+    }
+
+    /// The same as a request, if it moves data.
+    #[inline(always)]
+    fn data(self) -> Option<Request> {
+        let operation = match self.opf() & 0xff {
+            REQ_READ => READ,
+            REQ_WRITE => WRITE,
+            _ => return None,
+        };
+        Some(Request::new(operation, self.bytes())).filter(|request| request.bytes != 0)
+    }
 }
 
 /// `trace_block_bio_queue(struct bio *bio)`: I/O enters the block layer, in the context of the task that makes it.
@@ -189,21 +256,18 @@ struct Asked {
 pub(crate) fn block_bio_queue(ctx: BtfTracePointContext) -> i32 {
     let thread = bpf_get_current_pid_tgid();
     let Some(filter) = filter() else { return 0 };
-    let mine = may_be_watched(filter, thread);
-    if !(mine || may_be_watched(filter, ANY_PROCESS.into()) && is_kernel_thread()) {
+    let tgid = if may_be_watched(filter, thread) {
+        (thread >> 32) as u32
+    } else if may_be_watched(filter, ANY_PROCESS.into()) && is_kernel_thread() {
+        ANY_PROCESS
+    } else {
         return 0;
-    }
-    let bio: Address = ctx.arg(0);
-    // SAFETY: an argument of a BTF tracepoint, and what is loaded through it.
-    let asked = unsafe {
-        let bdev: Address = load(bio, offset(&BLOCK_LAYOUT.bio_bdev));
-        let device: u32 = load(bdev, offset(&BLOCK_LAYOUT.bdev_dev));
-        let bytes: u32 = load(bio, offset(&BLOCK_LAYOUT.bio_size));
-        Asked { bio, device, opf: load(bio, offset(&BLOCK_LAYOUT.bio_opf)), bytes: u64::from(bytes) }
     };
-    let tgid = (thread >> 32) as u32;
+    let bio: Address = ctx.arg(0);
+    let beginning = Beginning::now(filter, key_of(filter, bio));
+    let asked = Asked::of(bio);
     let mut counts = Counts::Elsewhere;
-    if mine
+    if tgid != ANY_PROCESS
         && filter.wanted & WANTED_DEVICES != 0
         && let Some(found) = image(ImageKey { inode: BLOCK_DEVICE, device: asked.device, tgid })
     {
@@ -211,12 +275,14 @@ pub(crate) fn block_bio_queue(ctx: BtfTracePointContext) -> i32 {
     }
     if let Counts::Elsewhere = counts
         && filter.wanted & WANTED_BELOW != 0
-        && let Some((found, request)) = below_disk(filter, asked, tgid, mine)
+        && let Some(request) = asked.data()
+        && let Some(slot) = below_disk(asked.bio, asked.device, tgid).checked_sub(1)
+        && let Some(found) = Found::at(slot as u16)
     {
         counts = Counts::From(found, request);
     }
     if let Counts::From(found, request) = counts {
-        begin(filter, key_of(filter, bio), found, request);
+        begin(beginning, found, request);
     }
     0
 }
@@ -236,50 +302,45 @@ enum Counts {
 #[inline(always)]
 fn for_disk(asked: Asked, found: Found) -> Counts {
     let (data, flush) = (found.is_counted(BY_BIO), found.is_counted(FLUSH_BY_BIO));
-    match asked.opf & 0xff {
-        REQ_READ if data => Counts::From(found, Request::new(READ, asked.bytes)),
-        REQ_WRITE if data && asked.bytes != 0 => Counts::From(found, Request::new(WRITE, asked.bytes)),
-        REQ_WRITE if flush && asked.bytes == 0 && asked.opf & offset(&BLOCK_LAYOUT.preflush) != 0 => {
+    let (opf, bytes) = (asked.opf(), asked.bytes());
+    match opf & 0xff {
+        REQ_READ if data => Counts::From(found, Request::new(READ, bytes)),
+        REQ_WRITE if data && bytes != 0 => Counts::From(found, Request::new(WRITE, bytes)),
+        REQ_WRITE if flush && bytes == 0 && opf & offset(&BLOCK_LAYOUT.preflush) != 0 => {
             Counts::From(found, Request::new(FLUSH, 0))
         }
         REQ_FLUSH if flush => Counts::From(found, Request::new(FLUSH, 0)),
         REQ_DISCARD if flush => {
-            count_range(&found.image.discards, &found.image.discard_bytes, asked.bytes);
+            count_range(&found.image.discards, &found.image.discard_bytes, bytes);
             Counts::Done
         }
         REQ_WRITE_ZEROES if flush => {
-            count_range(&found.image.zeroes, &found.image.zero_bytes, asked.bytes);
+            count_range(&found.image.zeroes, &found.image.zero_bytes, bytes);
             Counts::Done
         }
         _ => Counts::Elsewhere,
     }
 }
 
-/// What a `bio` is for the image whose data it moves: a request of the device below it or, where nothing else sees its
-/// requests, of the image itself.
-#[inline(always)]
-fn below_disk(filter: &'static BlockFilter, asked: Asked, tgid: u32, mine: bool) -> Option<(Found, Request)> {
-    let operation = match asked.opf & 0xff {
-        REQ_READ => READ,
-        REQ_WRITE => WRITE,
-        _ => return None,
-    };
-    if asked.bytes == 0 {
-        return None;
-    }
-    let request = Request::new(operation, asked.bytes);
-    if mine && let Some(found) = in_flight_above(filter, asked.bio) {
+/// The slot, plus 1, that counts a `bio` of a process, or of a kernel's thread, for the image whose data it moves: that of the
+/// device below it or, where nothing else sees its requests, of the image itself. 0 if there is none.
+#[inline(never)]
+fn below_disk(bio: Address, device: u32, tgid: u32) -> u64 {
+    if tgid != ANY_PROCESS
+        && let Some(found) = filter().and_then(|filter| in_flight_above(filter, bio))
+    {
         // A copy that a stacked device made is carried out by another device.
-        let is_first = offset(&found.image.device) == asked.device;
-        return if is_first { Some((found.below()?, request)) } else { None };
+        return if offset(&found.image.device) == device { offset(&found.image.below).into() } else { 0 };
     }
-    let cached = inode_of_pages(asked.bio).and_then(|inode| image_below(inode, asked.device, tgid));
+    let cached = inode_of_pages(bio).and_then(|inode| image_below(inode, device, tgid));
     let found = match cached {
-        Some(found) => found,
-        None if mine => image_below(inode_of_direct(asked.bio)?, asked.device, tgid)?,
-        None => return None,
+        None if tgid != ANY_PROCESS => {
+            inode_of_direct(bio).and_then(|inode| image_below(inode, device, tgid))
+        }
+        found => found,
     };
-    Some((if found.is_counted(BY_BIO) { found } else { found.below()? }, request))
+    let Some(found) = found else { return 0 };
+    if found.is_counted(BY_BIO) { u64::from(found.slot) + 1 } else { offset(&found.image.below).into() }
 }
 
 /// The image whose request of direct I/O through iomap a `bio` is a part of, if that request is in flight. Of another
@@ -358,10 +419,10 @@ pub(crate) fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
     let Some(left) = bytes.checked_sub(u64::from(first)) else { return 0 };
     let Some(filter) = filter() else { return 0 };
     let key = key_of(filter, bio);
-    end_part(filter, key, status);
     if next != 0 && left != 0 {
-        end_more(filter, key, left, status);
+        end_more(key, left, status.into());
     }
+    end_part(filter, key, status);
     0
 }
 
@@ -379,16 +440,19 @@ struct Parts {
 
 /// Ends the parts of a merged request after the first, in a loop of the kernel's: the verifier would look at each round
 /// of one that is written here.
-#[inline(always)]
-fn end_more(filter: &'static BlockFilter, first_key: u64, left: u64, status: u8) -> Option<()> {
+#[inline(never)]
+fn end_more(first_key: u64, left: u64, status: u64) -> u64 {
+    let Some(filter) = filter() else { return 0 };
     // Addresses as numbers: the verifier does not let those that it knows as such be kept.
     let base = base(filter);
-    let next: u64 = probe(base.wrapping_add(first_key), offset(&BLOCK_LAYOUT.bio_next))?;
-    let mut parts = Parts { bio: next, base, left, status: u64::from(status) };
+    let Some(next) = probe::<u64>(base.wrapping_add(first_key), offset(&BLOCK_LAYOUT.bio_next)) else {
+        return 0;
+    };
+    let mut parts = Parts { bio: next, base, left, status };
     let next_part: unsafe extern "C" fn(u64, *mut Parts) -> i64 = end_next;
     // SAFETY: the callback takes what is given here, for as long as the helper runs.
     unsafe { bpf_loop(MERGED, next_part as *mut c_void, (&raw mut parts).cast(), 0) };
-    Some(())
+    0
 }
 
 /// One round; 1 ends the loop.
@@ -421,8 +485,8 @@ pub(crate) fn block_bio_complete(ctx: BtfTracePointContext) -> i32 {
 /// A `bio` is over.
 #[inline(always)]
 fn end_part(filter: &'static BlockFilter, key: u64, status: u8) {
-    if let Some(flight) = take(filter, key) {
-        finish(&flight, if status == 0 { i64::from(flight.bytes) } else { -status_errno(status) });
+    if let Some(place) = find(filter, key) {
+        end_at(place, if status == 0 { i64::from(place.bytes) } else { -status_errno(status) });
     }
 }
 
@@ -465,10 +529,11 @@ pub(crate) fn io_uring_submit_req(ctx: BtfTracePointContext) -> i32 {
         FSYNC => (FLUSH, FLUSH_BY_CALL),
         _ => return 0,
     };
+    let beginning = Beginning::now(filter, key_of(filter, req) ^ IN_URING);
     // SAFETY: as above. Zero-extended: a negative descriptor is larger than any table.
     let fd: u32 = unsafe { load(req, offset(&BLOCK_LAYOUT.uring_fd)) };
     if let Some(found) = image_of_fd(thread, fd).filter(|found| found.is_counted(by)) {
-        begin(filter, key_of(filter, req) ^ IN_URING, found, Request::new(operation, 0));
+        begin(beginning, found, Request::new(operation, 0));
     }
     0
 }
@@ -478,14 +543,14 @@ pub(crate) fn io_uring_submit_req(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "io_uring_complete")]
 pub(crate) fn io_uring_complete(ctx: BtfTracePointContext) -> i32 {
     let Some(filter) = filter() else { return 0 };
-    let Some(flight) = take(filter, key_of_number(filter, ctx.arg(1)) ^ IN_URING) else { return 0 };
+    let Some(place) = find(filter, key_of_number(filter, ctx.arg(1)) ^ IN_URING) else { return 0 };
     let result: i32 = if offset(&BLOCK_LAYOUT.uring_complete_has_cqe) == 0 {
         ctx.arg::<u64>(3) as i32
     } else {
         // SAFETY: an argument of a BTF tracepoint.
         unsafe { load(ctx.arg::<Address>(2), offset(&BLOCK_LAYOUT.cqe_res)) }
     };
-    finish(&flight, i64::from(result));
+    end_at(place, i64::from(result));
     0
 }
 
@@ -493,39 +558,46 @@ pub(crate) fn io_uring_complete(ctx: BtfTracePointContext) -> i32 {
 /// only while an image needs it. Counts positioned reads and writes, flushes and `fallocate`.
 #[btf_tracepoint(function = "sys_enter")]
 pub(crate) fn block_sys_enter(ctx: BtfTracePointContext) -> i32 {
-    const PUNCH_HOLE: u64 = 2;
-    const ZERO_RANGE: u64 = 0x10;
-    let id = ctx.arg::<u64>(1) as u32;
-    let is = |call: usize| id == offset(&BLOCK_LAYOUT.calls[call]);
-    let (operation, by) = if is(CALL_PREAD) || is(CALL_PREADV) {
-        (Some(READ), BY_CALL)
-    } else if is(CALL_PWRITE) || is(CALL_PWRITEV) {
-        (Some(WRITE), BY_CALL)
-    } else if is(CALL_FDATASYNC) || is(CALL_FSYNC) {
-        (Some(FLUSH), FLUSH_BY_CALL)
-    } else if is(CALL_FALLOCATE) {
-        (None, FLUSH_BY_CALL)
-    } else {
+    let Some(kind) = BLOCK_LAYOUT.calls.get(ctx.arg::<u64>(1) as usize) else { return 0 };
+    // SAFETY: a reference is readable. Volatile, because the compiler believes the zeros of the initializer.
+    let kind = unsafe { core::ptr::read_volatile(kind) };
+    if kind == 0 {
         return 0;
-    };
+    }
     let thread = bpf_get_current_pid_tgid();
     let Some(filter) = filter().filter(|filter| may_be_watched(filter, thread)) else { return 0 };
+    let beginning = Beginning::now(filter, thread | IN_CALL);
     let regs: Address = ctx.arg(0);
     // SAFETY: an argument of a BTF tracepoint.
     let argument = |n: usize| unsafe { load::<u64>(regs, offset(&BLOCK_LAYOUT.call_arguments[n])) };
-    let Some(found) = image_of_fd(thread, argument(0) as u32).filter(|found| found.is_counted(by)) else {
+    let Some(found) = image_of_fd(thread, argument(0) as u32) else { return 0 };
+    let by = if kind <= CALL_WRITE { BY_CALL } else { FLUSH_BY_CALL };
+    if !found.is_counted(by) {
         return 0;
+    }
+    if kind == CALL_FALLOCATE {
+        fallocated(found.slot.into(), argument(1), argument(3));
+        return 0;
+    }
+    let operation = match kind {
+        CALL_READ => READ,
+        CALL_WRITE => WRITE,
+        _ => FLUSH,
     };
-    let mode = argument(1);
-    match operation {
-        Some(operation) => begin(filter, thread | IN_CALL, found, Request::new(operation, 0)),
-        None if mode & PUNCH_HOLE != 0 => {
-            count_range(&found.image.discards, &found.image.discard_bytes, argument(3));
-        }
-        None if mode & ZERO_RANGE != 0 => {
-            count_range(&found.image.zeroes, &found.image.zero_bytes, argument(3));
-        }
-        None => {}
+    begin(beginning, found, Request::new(operation, 0));
+    0
+}
+
+/// `fallocate` with this mode on the image in a slot.
+#[inline(never)]
+fn fallocated(slot: u32, mode: u64, bytes: u64) -> u64 {
+    const PUNCH_HOLE: u64 = 2;
+    const ZERO_RANGE: u64 = 0x10;
+    let Some(Found { image, .. }) = Found::at(slot as u16) else { return 0 };
+    if mode & PUNCH_HOLE != 0 {
+        count_range(&image.discards, &image.discard_bytes, bytes);
+    } else if mode & ZERO_RANGE != 0 {
+        count_range(&image.zeroes, &image.zero_bytes, bytes);
     }
     0
 }
@@ -545,13 +617,14 @@ pub(crate) fn block_sys_exit(ctx: BtfTracePointContext) -> i32 {
 pub(crate) fn ext4_sync_file_enter(ctx: BtfTracePointContext) -> i32 {
     let thread = bpf_get_current_pid_tgid();
     let Some(filter) = filter().filter(|filter| may_be_watched(filter, thread)) else { return 0 };
+    let beginning = Beginning::now(filter, thread | IN_EXT4);
     // SAFETY: an argument of a BTF tracepoint, and what is loaded through it.
     let found = unsafe {
         let inode: Address = load(ctx.arg::<Address>(0), offset(&BLOCK_LAYOUT.file_inode));
         image_of_inode(thread, inode)
     };
     if let Some(found) = found.filter(|found| found.is_counted(FLUSH_BY_EXT4)) {
-        begin(filter, thread | IN_EXT4, found, Request::new(FLUSH, 0));
+        begin(beginning, found, Request::new(FLUSH, 0));
     }
     0
 }
@@ -639,17 +712,36 @@ fn image_of_fd(thread: u64, fd: u32) -> Option<Found> {
     if fd >= max {
         return None;
     }
-    let file: u64 = probe(table + u64::from(fd) * 8, 0)?;
-    let inode: u64 = probe(file, offset(&BLOCK_LAYOUT.file_inode))?;
-    let (number, device) = number_of_inode(inode)?;
-    image(ImageKey { inode: number, device, tgid: (thread >> 32) as u32 })
+    Found::at(image_of_file(table + u64::from(fd) * 8, (thread >> 32) as u32).checked_sub(1)? as u16)
+}
+
+/// The slot, plus 1, of the image behind an entry of the table of open files of a process; 0 if there is none.
+#[inline(never)]
+fn image_of_file(entry: u64, tgid: u32) -> u64 {
+    let image = || {
+        let file: u64 = probe(entry, 0)?;
+        let inode: u64 = probe(file, offset(&BLOCK_LAYOUT.file_inode))?;
+        let (inode, device) = number_of_inode(inode)?;
+        image(ImageKey { inode, device, tgid })
+    };
+    image().map_or(0, |found| u64::from(found.slot) + 1)
 }
 
 /// What identifies an inode that is known by its address only: its number and the device of its file system, or
 /// [`BLOCK_DEVICE`] and the device.
 #[inline(always)]
 fn number_of_inode(inode: u64) -> Option<(u64, u32)> {
-    let head: InodeHead = probe(inode, 0)?;
+    let mut head = MaybeUninit::<InodeHead>::uninit();
+    // SAFETY: the helper fills as many bytes, from any address.
+    let failed = unsafe {
+        let size = size_of::<InodeHead>() as u32;
+        bpf_probe_read_kernel(head.as_mut_ptr().cast(), size, inode as *const c_void)
+    };
+    if failed != 0 {
+        return None;
+    }
+    // SAFETY: filled.
+    let head = unsafe { head.assume_init_ref() };
     if is_block_device(head.field(inode, offset(&BLOCK_LAYOUT.inode_mode))?) {
         return Some((BLOCK_DEVICE, head.field(inode, offset(&BLOCK_LAYOUT.inode_rdev))?));
     }
@@ -659,7 +751,6 @@ fn number_of_inode(inode: u64) -> Option<(u64, u32)> {
 
 /// The first bytes of a `struct inode`, which have its fields here on every usual kernel: one copy costs less than four.
 #[repr(transparent)]
-#[derive(Clone, Copy)]
 struct InodeHead([u64; 12]);
 
 impl InodeHead {
@@ -680,19 +771,41 @@ fn is_block_device(mode: u16) -> bool {
     mode & 0o170_000 == 0o060_000
 }
 
-/// The slot of a watched image.
+/// A watched image.
 #[inline(always)]
 fn image(key: ImageKey) -> Option<Found> {
-    // SAFETY: a valid map value for the life of the program; user space changes whole words.
-    let table = unsafe { &*IMAGE_TABLE.get_ptr(0)? };
     let start = key.table_start();
-    for i in 0..IMAGE_TABLE_PROBES {
-        let entry = &table.0[(start + i) as usize % IMAGE_TABLE_ENTRIES];
-        if entry.key.inode == key.inode && entry.key.device == key.device && entry.key.tgid == key.tgid {
-            return Found::at(entry.slot.checked_sub(1)? as u16);
+    let first = entry(start)?;
+    let slot = if is_of(first, key.inode, key.device, key.tgid) {
+        first.slot
+    } else {
+        search_image(start, key.inode, key.device, key.tgid)
+    };
+    Found::at(slot.checked_sub(1)? as u16)
+}
+
+/// The slot of an image that is not where the search for it begins, plus 1; 0 if it is not watched.
+#[inline(never)]
+fn search_image(start: u32, inode: u64, device: u32, tgid: u32) -> u64 {
+    for i in 1..IMAGE_TABLE_PROBES {
+        let Some(entry) = entry(start + i) else { return 0 };
+        if is_of(entry, inode, device, tgid) {
+            return entry.slot;
         }
     }
-    None
+    0
+}
+
+#[inline(always)]
+fn entry(at: u32) -> Option<&'static ImageEntry> {
+    // SAFETY: a valid map value for the life of the program; user space changes whole words.
+    let table = unsafe { &*IMAGE_TABLE.get_ptr(0)? };
+    Some(&table.0[at as usize % IMAGE_TABLE_ENTRIES])
+}
+
+#[inline(always)]
+fn is_of(entry: &ImageEntry, inode: u64, device: u32, tgid: u32) -> bool {
+    entry.key.inode == inode && entry.key.device == device && entry.key.tgid == tgid
 }
 
 #[inline(always)]
@@ -724,52 +837,81 @@ fn base(filter: &'static BlockFilter) -> u64 {
     base.load()
 }
 
-/// A request begins. One that has no room counts as done, without latency.
+/// `CLOCK_MONOTONIC`, nanoseconds. Waits for everything that was read from memory before.
 #[inline(always)]
-fn begin(filter: &'static BlockFilter, key: u64, found: Found, request: Request) {
+fn now() -> u64 {
     // SAFETY: plain helper call.
-    let begin_ns = unsafe { bpf_ktime_get_ns() };
-    let flight = Flight {
-        key,
-        begin_ns,
-        bytes: request.bytes as u32,
-        slot: found.slot,
-        operation: request.operation as u8,
-        no_wait: u8::from(request.no_wait),
-        histograms: offset(&found.image.histograms),
-        reserved: 0,
-    };
-    let begun = of_operation(&found.image.begun, request.operation);
-    let (start, deepest) = (flight_start(key), Word::of(&filter.deepest));
-    // Mostly nobody ever was anywhere but in the first place of a search.
-    if deepest.load() == 0
-        && let Some(place) = flying(start)
-        && get(&place.key) == 0
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// A request that may begin.
+///
+/// Made before anything is looked up. The clock is read first, because it waits for all that is being read from memory; then
+/// the first place of the search, which is mostly in the cache of the CPU that ended a request last: it comes while the rest
+/// is looked up.
+#[derive(Clone, Copy)]
+struct Beginning {
+    key: u64,
+    begin_ns: u64,
+    /// The first place of the search, where no other has to be looked at: mostly nobody ever was anywhere else.
+    place: Option<&'static Flight>,
+}
+
+impl Beginning {
+    #[inline(always)]
+    fn now(filter: &'static BlockFilter, key: u64) -> Self {
+        let place = flying(flight_start(key)).filter(|_| Word::of(&filter.deepest).load() == 0);
+        let begin_ns = now();
+        if let Some(place) = place {
+            get(&place.key);
+        }
+        Self { key, begin_ns, place }
+    }
+}
+
+/// A request begins.
+#[inline(always)]
+fn begin(beginning: Beginning, found: Found, request: Request) {
+    let Beginning { key, begin_ns, place } = beginning;
+    let what = What::new(found.slot, request);
+    let histograms = offset(&found.image.histograms);
+    if let Some(place) = place
         && claim(&place.key, key)
     {
-        write(place, &flight);
-        return add(begun, 1);
+        write(place, begin_ns, what, histograms);
+        add(of_operation(&found.image.begun, request.operation), 1);
+        return;
     }
+    begin_elsewhere(key, begin_ns, what.0, histograms);
+}
+
+/// The same where the first place of the search may not do. A request that has no room counts as done, without latency.
+#[inline(never)]
+fn begin_elsewhere(key: u64, begin_ns: u64, what: u64, histograms: u32) -> u64 {
+    let what = What(what);
+    let (Some(filter), Some(found)) = (filter(), Found::at(what.slot())) else { return 0 };
+    let (start, deepest) = (flight_start(key), Word::of(&filter.deepest));
     if let Some(place) = find(filter, key)
-        && replace(place, &flight)
+        && replace(place, begin_ns, what, histograms)
     {
-        return; // Made again: it counts once, from now.
+        return 0; // Made again: it counts once, from now.
     }
-    add(begun, 1);
+    add(of_operation(&found.image.begun, what.operation()), 1);
     for i in 0..FLIGHT_PROBES {
-        let Some(place) = flying(start + i) else { return };
+        let Some(place) = flying(start + i) else { return 0 };
         if get(&place.key) == 0 && claim(&place.key, key) {
             if u64::from(i) > deepest.load() {
                 deepen(deepest, i.into());
             }
-            write(place, &flight);
-            return;
+            write(place, begin_ns, what, histograms);
+            return 0;
         }
     }
-    let counted = of_operation(&found.image.operations, request.operation);
+    let counted = of_operation(&found.image.operations, what.operation());
     add(&counted.done, 1);
-    add(&counted.bytes, request.bytes);
+    add(&counted.bytes, what.bytes().into());
     add(&found.image.untimed, 1);
+    0
 }
 
 /// The search for requests has to look as far as that from now on. It only grows, also where two CPUs want that at once.
@@ -791,9 +933,9 @@ fn deepen(deepest: Word, to: u64) {
 /// Another request has the key of one in flight. True if it is the same, made again by the kernel, this time in a
 /// context that may wait; else the end of the earlier one was not seen, and it is forgotten.
 #[inline(always)]
-fn replace(place: &Flight, flight: &Flight) -> bool {
-    if place.no_wait != 0 && flight.no_wait == 0 && place.slot == flight.slot {
-        write(place, flight);
+fn replace(place: &Flight, begin_ns: u64, what: What, histograms: u32) -> bool {
+    if place.no_wait != 0 && !what.no_wait() && place.slot == what.slot() {
+        write(place, begin_ns, what, histograms);
         return true;
     }
     if let Some(lost) = Found::at(place.slot) {
@@ -806,47 +948,67 @@ fn replace(place: &Flight, flight: &Flight) -> bool {
 
 /// Writes what is known of a request into its place, where its key is already: who claimed it alone writes there.
 #[inline(always)]
-fn write(place: &Flight, flight: &Flight) {
+fn write(place: &Flight, begin_ns: u64, what: What, histograms: u32) {
     let to = core::ptr::from_ref(place).cast_mut();
-    // SAFETY: a valid, aligned map value.
-    unsafe { to.write(*flight) };
+    // SAFETY: fields of a valid, aligned map value.
+    unsafe {
+        (&raw mut (*to).begin_ns).write_volatile(begin_ns);
+        (&raw mut (*to).bytes).write_volatile(what.bytes());
+        (&raw mut (*to).slot).write_volatile(what.slot());
+        (&raw mut (*to).operation).write_volatile(what.operation() as u8);
+        (&raw mut (*to).no_wait).write_volatile(u8::from(what.no_wait()));
+        (&raw mut (*to).histograms).write_volatile(histograms);
+    }
 }
 
 /// A request is over, with bytes or a negative error number.
 #[inline(always)]
 fn end(filter: &'static BlockFilter, key: u64, result: i64) {
-    if let Some(flight) = take(filter, key) {
-        finish(&flight, result);
+    if let Some(place) = find(filter, key) {
+        end_at(place, result);
     }
 }
 
-/// Forgets a request in flight and says what it was.
+/// The same, where it is.
 #[inline(always)]
-fn take(filter: &'static BlockFilter, key: u64) -> Option<Flight> {
-    let place = find(filter, key)?;
-    let flight = *place;
-    Word::of(&place.key).store(0); // Nobody else claims it before this.
-    Some(flight)
+fn end_at(place: &'static Flight, result: i64) {
+    if result < 0 {
+        failed(place.slot.into(), place.operation.into(), result.unsigned_abs());
+    } else {
+        done(place, result.cast_unsigned());
+    }
+    // Last, so that nothing here waits for it; and before this nobody else claims the place.
+    Word::of(&place.key).store(0);
 }
 
 /// Where a request in flight is.
 #[inline(always)]
 fn find(filter: &'static BlockFilter, key: u64) -> Option<&'static Flight> {
-    let (start, deepest) = (flight_start(key), Word::of(&filter.deepest).load());
-    let mut found = None;
-    for i in 0..FLIGHT_PROBES {
+    let start = flight_start(key);
+    let first = flying(start)?;
+    if get(&first.key) == key {
+        return Some(first);
+    }
+    let deepest = Word::of(&filter.deepest).load();
+    if deepest == 0 {
+        return None;
+    }
+    flying(search(start, key, deepest).checked_sub(1)?)
+}
+
+/// The place, plus 1, of a request in flight that is not where the search for it begins; 0 if there is none.
+#[inline(never)]
+fn search(start: u32, key: u64, deepest: u64) -> u32 {
+    for i in 1..FLIGHT_PROBES {
         if u64::from(i) > deepest {
             break;
         }
-        let place = flying(start + i)?;
+        let Some(place) = flying(start + i) else { break };
         if get(&place.key) == key {
-            found = Some(place);
-            break;
+            return start + i + 1;
         }
     }
-    // One copy of what follows, instead of one for each place, which the verifier would all have to follow.
-    // SAFETY: a local variable.
-    unsafe { core::ptr::read_volatile(&raw const found) }
+    0
 }
 
 #[inline(always)]
@@ -855,31 +1017,38 @@ fn flying(at: u32) -> Option<&'static Flight> {
     unsafe { FLYING.get_ptr(at % FLIGHTS)?.as_ref() }
 }
 
+/// A request has moved so many bytes.
 #[inline(always)]
-fn finish(flight: &Flight, result: i64) -> Option<()> {
-    let image = Found::at(flight.slot)?.image;
-    let operation = u32::from(flight.operation);
-    if result == -EAGAIN {
-        add(of_operation(&image.begun, operation), u64::MAX); // It begins again.
-        return None;
+fn done(place: &'static Flight, bytes: u64) -> Option<()> {
+    let (slot, operation, histograms) = (place.slot, u32::from(place.operation), place.histograms);
+    let took = now().wrapping_sub(place.begin_ns);
+    let counted = of_operation(&Found::at(slot)?.image.operations, operation);
+    // SAFETY: a valid map value; counts are added to atomically.
+    let histograms = unsafe { IMAGE_HIST.get_ptr(histograms.wrapping_sub(1)).and_then(|h| h.as_ref()) };
+    let count =
+        histograms.and_then(|all| of_operation(&all.operations, operation).get(bucket(took) as usize));
+    if let Some(count) = count {
+        add_32(count, 1);
     }
-    let counted = of_operation(&image.operations, operation);
-    if result < 0 {
-        add(&counted.failed, 1);
-        count_error(image, result.unsigned_abs());
-        return None;
-    }
-    // SAFETY: plain helper call.
-    let took = unsafe { bpf_ktime_get_ns() }.wrapping_sub(flight.begin_ns);
     add(&counted.done, 1);
     if operation != FLUSH {
-        add(&counted.bytes, result.cast_unsigned());
+        add(&counted.bytes, bytes);
     }
     add(&counted.time_ns, took);
-    // SAFETY: a valid map value; counts are added to atomically.
-    let histograms = unsafe { IMAGE_HIST.get_ptr(flight.histograms.checked_sub(1)?)?.as_ref()? };
-    add_32(of_operation(&histograms.operations, operation).get(bucket(took) as usize)?, 1);
     Some(())
+}
+
+/// A request on the image in a slot failed, or the kernel will make it again.
+#[inline(never)]
+fn failed(slot: u32, operation: u32, errno: u64) -> u64 {
+    let Some(Found { image, .. }) = Found::at(slot as u16) else { return 0 };
+    if errno == EAGAIN.unsigned_abs() {
+        add(of_operation(&image.begun, operation), u64::MAX); // It begins again.
+    } else {
+        add(&of_operation(&image.operations, operation).failed, 1);
+        count_error(image, errno);
+    }
+    0
 }
 
 #[inline(always)]

@@ -15,7 +15,7 @@ const IMAGE_TABLE_LOG2: u32 = 12;
 /// Neighbouring entries looked at for one image.
 pub const IMAGE_TABLE_PROBES: u32 = 8;
 /// Bits of the filter by process id in front of that table.
-pub const PROCESS_FILTER_BITS: u32 = 32_768;
+pub const PROCESS_FILTER_BITS: u32 = 16_384;
 
 /// The inode number that stands for a block device as such; its number is then the device.
 pub const BLOCK_DEVICE: u64 = u64::MAX;
@@ -267,6 +267,22 @@ pub const fn flight_start(key: u64) -> u32 {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockLayout {
+    /// `bio.bi_bdev`.
+    pub bio_bdev: u32,
+    /// `block_device.bd_dev`.
+    pub bdev_dev: u32,
+    /// `bio.bi_opf`.
+    pub bio_opf: u32,
+    /// `bio.bi_iter.bi_size`.
+    pub bio_size: u32,
+    /// `bio.bi_next`: the next part of a merged request.
+    pub bio_next: u32,
+    /// `request.bio`: its first part.
+    pub request_bio: u32,
+    /// `bio.bi_private`: of direct I/O through iomap, its `struct iomap_dio`.
+    pub bio_private: u32,
+    /// `iomap_dio.iocb`.
+    pub dio_kiocb: u32,
     /// `kiocb.ki_filp`.
     pub kiocb_file: u32,
     /// `kiocb.ki_complete`.
@@ -279,28 +295,38 @@ pub struct BlockLayout {
     pub iter_data_source: u32,
     /// `file.f_inode`.
     pub file_inode: u32,
+    /// `inode.i_mode`.
+    pub inode_mode: u32,
     /// `inode.i_ino`.
     pub inode_number: u32,
     /// `inode.i_sb`.
     pub inode_sb: u32,
-    /// `inode.i_mode`.
-    pub inode_mode: u32,
     /// `inode.i_rdev`.
     pub inode_rdev: u32,
     /// `super_block.s_dev`.
     pub sb_dev: u32,
-    /// `bio.bi_bdev`.
-    pub bio_bdev: u32,
-    /// `bio.bi_opf`.
-    pub bio_opf: u32,
+    /// `task_struct.files`.
+    pub task_files: u32,
+    /// `files_struct.fdt`.
+    pub files_fdt: u32,
+    /// `fdtable.max_fds`.
+    pub fdt_max: u32,
+    /// `fdtable.fd`.
+    pub fdt_fd: u32,
+    /// `io_kiocb.opcode`.
+    pub uring_opcode: u32,
+    /// `io_kiocb.cqe.fd`: the file a request is for, until it completes.
+    pub uring_fd: u32,
+    /// `io_uring_cqe.res`.
+    pub cqe_res: u32,
+    /// Not 0 if `io_uring_complete` is given a `struct io_uring_cqe *` (Linux 6.10), 0 if the result itself.
+    pub uring_complete_has_cqe: u32,
     /// `bio.bi_status`.
     pub bio_status: u32,
-    /// `bio.bi_iter.bi_size`.
-    pub bio_size: u32,
-    /// `bio.bi_next`: the next part of a merged request.
-    pub bio_next: u32,
-    /// `bio.bi_private`: of direct I/O through iomap, its `struct iomap_dio`.
-    pub bio_private: u32,
+    /// The bit `REQ_PREFLUSH` of `bi_opf`.
+    pub preflush: u32,
+    /// `task_struct.flags`.
+    pub task_flags: u32,
     /// `bio.bi_io_vec`: its pages.
     pub bio_pages: u32,
     /// `bio_vec.bv_page`.
@@ -311,104 +337,70 @@ pub struct BlockLayout {
     pub page_mapping: u32,
     /// `address_space.host`: the inode.
     pub mapping_host: u32,
-    /// `iomap_dio.iocb`.
-    pub dio_kiocb: u32,
-    /// `request.bio`: its first part.
-    pub request_bio: u32,
-    /// `task_struct.flags`.
-    pub task_flags: u32,
-    /// `block_device.bd_dev`.
-    pub bdev_dev: u32,
-    /// The bit `REQ_PREFLUSH` of `bi_opf`.
-    pub preflush: u32,
-    /// `io_kiocb.opcode`.
-    pub uring_opcode: u32,
-    /// `io_kiocb.cqe.fd`: the file a request is for, until it completes.
-    pub uring_fd: u32,
-    /// `io_uring_cqe.res`.
-    pub cqe_res: u32,
-    /// Not 0 if `io_uring_complete` is given a `struct io_uring_cqe *` (Linux 6.10), 0 if the result itself.
-    pub uring_complete_has_cqe: u32,
-    /// `task_struct.files`.
-    pub task_files: u32,
-    /// `files_struct.fdt`.
-    pub files_fdt: u32,
-    /// `fdtable.max_fds`.
-    pub fdt_max: u32,
-    /// `fdtable.fd`.
-    pub fdt_fd: u32,
     /// `pt_regs`: the first to fourth argument of a system call.
     pub call_arguments: [u32; 4],
-    /// Numbers of system calls, in the order of `CALL_…`; [`NO_CALL`] for one that does not exist.
-    pub calls: [u32; CALLS],
+    /// What a system call does, by its number: one of `CALL_…`, or 0 if that is of no interest.
+    pub calls: [u8; CALLS],
 }
 
-/// No such system call.
-pub const NO_CALL: u32 = u32::MAX;
-/// Index of `pread64` in [`BlockLayout::calls`].
-pub const CALL_PREAD: usize = 0;
-/// `pwrite64`.
-pub const CALL_PWRITE: usize = 1;
-/// `preadv`.
-pub const CALL_PREADV: usize = 2;
-/// `pwritev`.
-pub const CALL_PWRITEV: usize = 3;
-/// `fdatasync`.
-pub const CALL_FDATASYNC: usize = 4;
-/// `fsync`.
-pub const CALL_FSYNC: usize = 5;
-/// `fallocate`.
-pub const CALL_FALLOCATE: usize = 6;
-/// How many there are.
-pub const CALLS: usize = 7;
+/// Reads at a place: `pread64`, `preadv`.
+pub const CALL_READ: u8 = 1;
+/// Writes at a place: `pwrite64`, `pwritev`.
+pub const CALL_WRITE: u8 = 2;
+/// Flushes: `fsync`, `fdatasync`.
+pub const CALL_FLUSH: u8 = 3;
+/// Gives back or zeroes a range: `fallocate`.
+pub const CALL_FALLOCATE: u8 = 4;
+/// Numbers of system calls that are looked at; those above are of no interest.
+pub const CALLS: usize = 512;
 
 impl BlockLayout {
     /// Before anything is known.
     pub const ZERO: Self = Self {
+        bio_bdev: 0,
+        bdev_dev: 0,
+        bio_opf: 0,
+        bio_size: 0,
+        bio_next: 0,
+        request_bio: 0,
+        bio_private: 0,
+        dio_kiocb: 0,
         kiocb_file: 0,
         kiocb_complete: 0,
         kiocb_flags: 0,
         iter_count: 0,
         iter_data_source: 0,
         file_inode: 0,
+        inode_mode: 0,
         inode_number: 0,
         inode_sb: 0,
-        inode_mode: 0,
         inode_rdev: 0,
         sb_dev: 0,
-        bio_bdev: 0,
-        bio_opf: 0,
+        task_files: 0,
+        files_fdt: 0,
+        fdt_max: 0,
+        fdt_fd: 0,
+        uring_opcode: 0,
+        uring_fd: 0,
+        cqe_res: 0,
+        uring_complete_has_cqe: 0,
         bio_status: 0,
-        bio_size: 0,
-        bio_next: 0,
-        bio_private: 0,
+        preflush: 0,
+        task_flags: 0,
         bio_pages: 0,
         vec_page: 0,
         page_head: 0,
         page_mapping: 0,
         mapping_host: 0,
-        dio_kiocb: 0,
-        request_bio: 0,
-        task_flags: 0,
-        bdev_dev: 0,
-        preflush: 0,
-        uring_opcode: 0,
-        uring_fd: 0,
-        cqe_res: 0,
-        uring_complete_has_cqe: 0,
-        task_files: 0,
-        files_fdt: 0,
-        fdt_max: 0,
-        fdt_fd: 0,
         call_arguments: [0; 4],
-        calls: [NO_CALL; CALLS],
+        calls: [0; CALLS],
     };
 }
 
 const _: () = assert!(size_of::<ImageEntry>() == 24 && size_of::<Flight>() == 32);
 const _: () = assert!(size_of::<Image>() == 256 && core::mem::offset_of!(Image, operations) == 64);
-const _: () = assert!(core::mem::offset_of!(BlockFilter, wanted) == 4096 && size_of::<BlockFilter>() == 4160);
-const _: () = assert!(size_of::<BlockLayout>() == 4 * (35 + 4 + CALLS));
+const _: () = assert!(core::mem::offset_of!(BlockFilter, wanted) == 2048 && size_of::<BlockFilter>() < 4096);
+const _: () = assert!(size_of::<BlockLayout>() == 4 * (35 + 4) + CALLS);
 
 #[cfg(test)]
 mod tests {

@@ -5,7 +5,9 @@
 use std::{collections::BTreeMap, path::Path};
 
 use btf_rs::{Btf, Type};
-use monitor_ebpf::{BlockLayout, Layout, NO_CALL, NO_FIELD, NetLayout};
+use monitor_ebpf::{
+    BlockLayout, CALL_FALLOCATE, CALL_FLUSH, CALL_READ, CALL_WRITE, Layout, NO_FIELD, NetLayout,
+};
 
 /// Why an offset could not be found.
 #[derive(Debug, thiserror::Error)]
@@ -222,20 +224,27 @@ pub fn block(btf: &Btf) -> Result<BlockLayout, LayoutError> {
     })
 }
 
-/// In the order of `CALL_…`.
-const CALLS: [u32; monitor_ebpf::CALLS] = [
-    call(libc::SYS_pread64),
-    call(libc::SYS_pwrite64),
-    call(libc::SYS_preadv),
-    call(libc::SYS_pwritev),
-    call(libc::SYS_fdatasync),
-    call(libc::SYS_fsync),
-    call(libc::SYS_fallocate),
-];
+/// What system calls do, by their numbers.
+const CALLS: [u8; monitor_ebpf::CALLS] = {
+    let mut calls = [0; monitor_ebpf::CALLS];
+    calls[call(libc::SYS_pread64)] = CALL_READ;
+    calls[call(libc::SYS_preadv)] = CALL_READ;
+    calls[call(libc::SYS_pwrite64)] = CALL_WRITE;
+    calls[call(libc::SYS_pwritev)] = CALL_WRITE;
+    calls[call(libc::SYS_fdatasync)] = CALL_FLUSH;
+    calls[call(libc::SYS_fsync)] = CALL_FLUSH;
+    calls[call(libc::SYS_fallocate)] = CALL_FALLOCATE;
+    calls
+};
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked")]
-const fn call(number: libc::c_long) -> u32 {
-    if number < 0 || number >= NO_CALL as libc::c_long { NO_CALL } else { number as u32 }
+/// The number of a system call, which is looked at: else this does not compile.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "indexes an array at compile time"
+)]
+const fn call(number: libc::c_long) -> usize {
+    number as usize
 }
 
 /// Where `struct pt_regs` has the first four arguments of a system call.
