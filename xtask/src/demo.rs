@@ -111,7 +111,9 @@ fn accuracy(report: &str, doctored: &[doctor::Found]) -> String {
     format!(
         "# How accurate the numbers are\n\nWritten by `cargo xtask demo --docs`: guests with an exactly known workload, \
          what they did by their own account (truth), and what each source says. What the causes mean, and how\nthe \
-         verdicts come about, is in the [README](../README.md#how-accurate-are-the-numbers).\n\n{body}\n\
+         verdicts come about, is in the [README](../README.md#how-accurate-are-the-numbers). Every way to open a disk \
+         image, with the requests of each\nby the guest's own account, by libvirt's and by the probes', is in \
+         [disks.md](disks.md).\n\n{body}\n\
          ## The same stream with a source broken on purpose\n\n{}",
         doctor::markdown(doctored)
     )

@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
+use crate::build::{self, Built};
 use crate::test::{self, TestProgram};
-use crate::{build, paths, process, vm};
+use crate::{paths, process, vm};
 
 const PROGRAM: &str = "live_disks";
 const TEST: &str = "each_request_is_charged_to_its_disk_however_the_image_is_opened";
@@ -22,13 +23,15 @@ const SERIES: &str = "6.12";
 const DOCUMENT: &str = "docs/disks.md";
 const ROWS: &str = "rows.ndjson";
 
-/// The subcommand: files with rows of earlier runs, or none to measure now.
+/// The subcommand: what to measure now (all, what this host can, or what takes the host under test; the last run tells the
+/// rest), or files with rows of earlier runs.
 pub(crate) fn run(args: &[String]) -> Result<()> {
-    let rows = if args.is_empty() {
-        measure_all()?
-    } else {
-        let read: Result<Vec<_>> = args.iter().map(|file| read(Path::new(file))).collect();
-        read?.concat()
+    let words: Vec<_> = args.iter().map(String::as_str).collect();
+    let rows = match words[..] {
+        [] => measure(&[Place::Here, Place::UnderTest])?,
+        ["here"] => measure(&[Place::Here])?,
+        [THERE] => measure(&[Place::UnderTest])?,
+        ref files => files.iter().map(|file| read(Path::new(file))).collect::<Result<Vec<_>>>()?.concat(),
     };
     let file = paths::root().join(DOCUMENT);
     fs::write(&file, document(&rows)?).with_context(|| format!("cannot write {}", file.display()))?;
@@ -36,24 +39,64 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// All cells, here and in the host under test. Fails if one is not as expected.
-fn measure_all() -> Result<Vec<Value>> {
+/// Where cells are measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Here,
+    UnderTest,
+}
+
+impl Place {
+    const ALL: [Self; 2] = [Self::Here, Self::UnderTest];
+
+    /// Where the rows are left.
+    fn rows(self) -> PathBuf {
+        paths::target().join("disks").join(match self {
+            Self::Here => "here.ndjson",
+            Self::UnderTest => "dm.ndjson",
+        })
+    }
+}
+
+/// All cells: some are measured now, the others those of the last run, if there was one. Fails if one is not as expected.
+fn measure(now: &[Place]) -> Result<Vec<Value>> {
     ensure!(process::is_root(), "disks needs root, because it runs guests: use sudo");
     let built = build::prepare_live()?;
     let program = test::compile()?.into_iter().find(|program| program.name == PROGRAM);
     let program = program.with_context(|| format!("there is no test {PROGRAM}"))?;
-    let here = paths::target().join("disks");
-    fs::create_dir_all(&here).with_context(|| format!("cannot make {}", here.display()))?;
-    let mut rows = measure(&here.join(ROWS), |rows| {
-        let mut command = test::live_command(&program, &built);
-        command.arg(TEST).env("KVM_MONITOR_DISK_CELLS", HERE).env("KVM_MONITOR_DISK_ROWS", rows);
-        process::run(command.current_dir(&program.package))
-    })?;
-    rows.extend(measure(&vm::out(SERIES).join(ROWS), |_| {
-        ensure!(vm::command_on(&built, SERIES, &words(&program))?, "the cells on device-mapper failed");
-        Ok(())
-    })?);
-    Ok(rows)
+    let directory = paths::target().join("disks");
+    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    let mut all = Vec::new();
+    for place in Place::ALL {
+        let rows = place.rows();
+        if now.contains(&place) {
+            let _ = fs::remove_file(&rows); // Of an earlier run; usually there is none.
+            fill(place, (&program, &built), &rows)?;
+        } else if !rows.exists() {
+            eprintln!("disks: no rows in {} yet; their cells are left out", rows.display());
+            continue;
+        }
+        all.extend(read(&rows)?);
+    }
+    Ok(all)
+}
+
+/// Measures the cells of one place.
+fn fill(place: Place, (program, built): (&TestProgram, &Built), rows: &Path) -> Result<()> {
+    match place {
+        Place::Here => {
+            let mut command = test::live_command(program, built);
+            command.arg(TEST).env("KVM_MONITOR_DISK_CELLS", HERE).env("KVM_MONITOR_DISK_ROWS", rows);
+            process::run(command.current_dir(&program.package))
+        }
+        Place::UnderTest => {
+            let there = vm::out(SERIES).join(ROWS);
+            let _ = fs::remove_file(&there); // Of an earlier run; usually there is none.
+            ensure!(vm::command_on(built, SERIES, &words(program))?, "the cells on device-mapper failed");
+            let copied = fs::copy(&there, rows);
+            copied.with_context(|| format!("cannot copy {}", there.display())).map(drop)
+        }
+    }
 }
 
 /// What the host under test runs.
@@ -62,13 +105,6 @@ fn words(program: &TestProgram) -> Vec<String> {
     let program =
         [program.file.to_string_lossy().into_owned(), "--test-threads=1".to_owned(), TEST.to_owned()];
     ["env".to_owned()].into_iter().chain(variables).chain(program).collect()
-}
-
-/// Fills a file with rows and reads them.
-fn measure(file: &PathBuf, fill: impl Fn(&Path) -> Result<()>) -> Result<Vec<Value>> {
-    let _ = fs::remove_file(file); // Of an earlier run; usually there is none.
-    fill(file)?;
-    read(file)
 }
 
 fn read(file: &Path) -> Result<Vec<Value>> {

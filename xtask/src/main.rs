@@ -48,7 +48,8 @@ usage: cargo xtask SUBCOMMAND
   bench kvm                    cost of the probes at an exit and a return to user space, as root
   fuzz [TARGET] [--seconds N]  random text for the readers of domain XML, statistics and command lines
   bench block                  cost of the probes at a request to a disk, as root
-  disks [ROWS…]                every way to open an image, with real guests, as root; writes docs/disks.md
+  disks [here | dm | ROWS…]    every way to open an image, with real guests, as root: all, those on this host, those on
+                               device-mapper in a VM, or rows of earlier runs; writes docs/disks.md
   docs [--check]               write the generated parts of the documents, or check them
 
 KVM_MONITOR_BPF_ROUTE=rustup|distro   allow one way to a compiler for BPF only
