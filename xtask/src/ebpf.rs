@@ -261,8 +261,6 @@ impl Toolchain {
         // inlines less, and then the verifier refuses programs.
         command.env("CARGO_INCREMENTAL", "0");
         command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
-        // An incremental build is cut into other units, whose code the verifier refused in part.
-        command.env("CARGO_INCREMENTAL", "0");
         command.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &self.linker);
         command
     }
