@@ -251,15 +251,19 @@ impl Asked {
 /// Parts that a driver splits off later are not traced again, so that one `bio` is one request, or a part of one
 /// above 1 MiB.
 ///
+/// What a quota of the control group holds back is traced when a thread of the kernel lets it go (block/blk-throttle.c:
+/// `blk_throtl_dispatch_work_fn()`), so that these are looked at as well: what such a thread asks of a watched device, or of a
+/// watched file, is its process's. How long it was held back is not seen here.
+///
 /// Counts for a disk that is the device itself, and for the device below a disk that is a file.
 #[btf_tracepoint(function = "block_bio_queue")]
 pub(crate) fn block_bio_queue(ctx: BtfTracePointContext) -> i32 {
     let thread = bpf_get_current_pid_tgid();
     let Some(filter) = filter() else { return 0 };
-    let tgid = if may_be_watched(filter, thread) {
-        (thread >> 32) as u32
-    } else if may_be_watched(filter, ANY_PROCESS.into()) && is_kernel_thread() {
+    let tgid = if may_be_watched(filter, ANY_PROCESS.into()) && is_kernel_thread() {
         ANY_PROCESS
+    } else if may_be_watched(filter, thread) {
+        (thread >> 32) as u32
     } else {
         return 0;
     };
@@ -267,8 +271,7 @@ pub(crate) fn block_bio_queue(ctx: BtfTracePointContext) -> i32 {
     let beginning = Beginning::now(filter, key_of(filter, bio));
     let asked = Asked::of(bio);
     let mut counts = Counts::Elsewhere;
-    if tgid != ANY_PROCESS
-        && filter.wanted & WANTED_DEVICES != 0
+    if filter.wanted & WANTED_DEVICES != 0
         && let Some(found) = image(ImageKey { inode: BLOCK_DEVICE, device: asked.device, tgid })
     {
         counts = for_disk(asked, found);
@@ -326,17 +329,17 @@ fn for_disk(asked: Asked, found: Found) -> Counts {
 /// device below it or, where nothing else sees its requests, of the image itself. 0 if there is none.
 #[inline(never)]
 fn below_disk(bio: Address, device: u32, tgid: u32) -> u64 {
-    if tgid != ANY_PROCESS
-        && let Some(found) = filter().and_then(|filter| in_flight_above(filter, bio))
-    {
+    if let Some(found) = filter().and_then(|filter| in_flight_above(filter, bio)) {
         // A copy that a stacked device made is carried out by another device.
         return if offset(&found.image.device) == device { offset(&found.image.below).into() } else { 0 };
     }
-    let cached = inode_of_pages(bio).and_then(|inode| image_below(inode, device, tgid));
+    // Written out: a function of its own, which `and_then` may become, would be called with what the verifier calls undefined.
+    let cached = match inode_of_pages(bio) {
+        Some(inode) => image_below(inode, device, tgid),
+        None => None,
+    };
     let found = match cached {
-        None if tgid != ANY_PROCESS => {
-            inode_of_direct(bio).and_then(|inode| image_below(inode, device, tgid))
-        }
+        None => inode_of_direct(bio).and_then(|inode| image_below(inode, device, tgid)),
         found => found,
     };
     let Some(found) = found else { return 0 };

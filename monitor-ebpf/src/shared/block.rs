@@ -28,7 +28,8 @@ pub struct ImageKey {
     pub inode: u64,
     /// Device of the file system, or the block device itself, as the kernel writes it: major << 20 | minor.
     pub device: u32,
-    /// Process id; [`ANY_PROCESS`] for the kernel's threads that write back what a process left in the page cache.
+    /// Process id; [`ANY_PROCESS`] for the kernel's threads, which write back what a process left in the page cache and let
+    /// go what a quota holds back.
     pub tgid: u32,
 }
 

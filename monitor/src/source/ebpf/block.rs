@@ -170,7 +170,7 @@ impl Block {
         self.wanted.push((place, wanted(key, plan)));
         self.tell_wanted();
         self.enter(entry, key, place);
-        if plan.below == Below::Cached {
+        if plan.hooks().any(|hook| hook == Hook::Bio) {
             self.enter_for_kernel(key, place);
         }
         Ok(ImageSlot { place, histograms, key, plan, below })
@@ -210,8 +210,8 @@ impl Block {
         self.watched.push(key);
     }
 
-    /// Lets them find it from the kernel's threads too: the first of several that have it open, as images that more
-    /// than one writes to are beyond attribution.
+    /// Lets them find it from the kernel's threads too, which write back what is in the page cache and let go what a quota
+    /// holds back: the first of several that have it open, as images that more than one writes to are beyond attribution.
     fn enter_for_kernel(&mut self, key: ImageKey, place: u32) {
         let key = ImageKey { tgid: ANY_PROCESS, ..key };
         if self.entry_of(key).is_none()
