@@ -246,14 +246,11 @@ impl Replay {
 
     /// Ends a tick: writes its line.
     fn tick(&mut self) -> Value {
-        let tick = Tick {
-            wall: jiff::Timestamp::new(START_S + i64::try_from(self.ticks).unwrap(), 5).unwrap(),
-            mono: MonotonicNs(self.now()),
-            interval_ns: SECOND,
-        };
+        let wall = jiff::Timestamp::new(START_S + i64::try_from(self.ticks).unwrap(), 5).unwrap();
+        let tick = Tick::new(wall, MonotonicNs(self.now()), SECOND);
         let subject =
             Subject { seq: self.ticks, epoch: self.epoch, domain: &self.domain, sample: &self.sample };
-        let line = line(&Record::Sample(record::Sample::new(tick, subject)));
+        let line = line(&Record::Sample(record::Sample::new(&tick, subject)));
         let value = serde_json::from_str(&line).unwrap();
         check_rates(&value, &self.sample);
         self.lines += &line;

@@ -23,26 +23,51 @@ pub enum NoRate {
     NoTime,
 }
 
+/// How long the time between two reads was.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Elapsed {
+    /// From the end of the first to the begin of the second, nanoseconds.
+    shortest: f64,
+    /// From the begin of the first to the end of the second, nanoseconds.
+    longest: f64,
+}
+
+impl Elapsed {
+    /// Between two reads.
+    ///
+    /// # Errors
+    /// [`NoRate::NoTime`].
+    pub fn between(before: Window, now: Window) -> Result<Self, NoRate> {
+        let longest = now.end.since(before.begin);
+        if longest == 0 || now.begin < before.begin {
+            return Err(NoRate::NoTime);
+        }
+        Ok(Self { shortest: real(now.begin.since(before.end)), longest: real(longest) })
+    }
+
+    /// The rate of a counter that was `before` and is `now`.
+    ///
+    /// # Errors
+    /// [`NoRate::Backwards`].
+    pub fn rate(self, before: u64, now: u64) -> Result<Rate, NoRate> {
+        let change = real(now.checked_sub(before).ok_or(NoRate::Backwards)?);
+        let per_second = |ns: f64| change / (ns / 1e9);
+        Ok(Rate {
+            low: per_second(self.longest),
+            // Halved as a real number: half of 1 ns is not 0, so that `mid` is always finite.
+            mid: per_second(f64::midpoint(self.longest, self.shortest)),
+            high: if self.shortest > 0.0 { per_second(self.shortest) } else { f64::INFINITY },
+        })
+    }
+}
+
 /// The rate of a counter that was `before` and is `now`.
 ///
 /// # Errors
 /// If the counter went backwards or no time passed; never a clamped number.
 pub fn rate(before: (u64, Window), now: (u64, Window)) -> Result<Rate, NoRate> {
-    let change = now.0.checked_sub(before.0).ok_or(NoRate::Backwards)?;
-    let (w1, w2) = (before.1, now.1);
-    let longest = w2.end.since(w1.begin);
-    if longest == 0 || w2.begin < w1.begin {
-        return Err(NoRate::NoTime);
-    }
-    let shortest = w2.begin.since(w1.end);
-    let (change, longest, shortest) = (real(change), real(longest), real(shortest));
-    let per_second = |ns: f64| change / (ns / 1e9);
-    Ok(Rate {
-        low: per_second(longest),
-        // Halved as a real number: half of 1 ns is not 0, so that `mid` is always finite.
-        mid: per_second(f64::midpoint(longest, shortest)),
-        high: if shortest > 0.0 { per_second(shortest) } else { f64::INFINITY },
-    })
+    now.0.checked_sub(before.0).ok_or(NoRate::Backwards)?;
+    Elapsed::between(before.1, now.1)?.rate(before.0, now.0)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a rate is an approximate number; 53 bits are plenty")]

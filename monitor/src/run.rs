@@ -270,7 +270,7 @@ impl Runner {
         let wall = jiff::Timestamp::now();
         self.watch_clock(wall);
         self.write_notices();
-        self.write_samples(Tick { wall, mono: now, interval_ns });
+        self.write_samples(&Tick::new(wall, now, interval_ns));
         tracing::debug!(number = self.ticks, interval_ns, domains = self.tracker.domains().len(), "tick");
         if self.ticks == SETTLED_TICKS {
             footprint::release();
@@ -401,8 +401,8 @@ impl Runner {
             return;
         }
         let interval_ns = duration_ns(self.config.interval);
-        let tick = Tick { wall: jiff::Timestamp::now(), mono: MonotonicNs::now(), interval_ns };
-        self.write_samples_of(tick, Tracked::is_new);
+        let tick = Tick::new(jiff::Timestamp::now(), MonotonicNs::now(), interval_ns);
+        self.write_samples_of(&tick, Tracked::is_new);
     }
 
     fn write_session(
@@ -473,11 +473,11 @@ impl Runner {
         self.sink.write(&Record::Event(Event { ts, mono_ns, kind, domain: None, detail }));
     }
 
-    fn write_samples(&mut self, tick: Tick) {
+    fn write_samples(&mut self, tick: &Tick) {
         self.write_samples_of(tick, |_| true);
     }
 
-    fn write_samples_of(&mut self, tick: Tick, which: impl Fn(&Tracked) -> bool) {
+    fn write_samples_of(&mut self, tick: &Tick, which: impl Fn(&Tracked) -> bool) {
         for tracked in self.tracker.domains_mut().iter_mut().filter(|tracked| which(tracked)) {
             let sample = Sample::new(tick, tracked.subject());
             self.sink.write(&Record::Sample(sample));

@@ -4,7 +4,7 @@
 //! allocates once the entities are known.
 
 use crate::{
-    metric::{Cadence, METRIC_COUNT, METRICS, Metric, Scope},
+    metric::{Cadence, METRIC_COUNT, METRICS, Metric, MetricDef, Scope},
     source::{
         ebpf::ExitReasons,
         libvirt::{Job, stats::DirtyRate},
@@ -32,6 +32,9 @@ pub enum ReadClass {
 impl ReadClass {
     /// How many there are.
     pub const COUNT: usize = 6;
+    /// Every one.
+    pub const ALL: [Self; Self::COUNT] =
+        [Self::Ebpf, Self::Procfs, Self::ProcfsSlow, Self::ProcfsNet, Self::LibvirtFast, Self::LibvirtSlow];
 
     /// Which read brings a metric from a source.
     #[must_use]
@@ -71,28 +74,64 @@ static PLACES: [[u8; SourceKind::COUNT]; METRIC_COUNT] = layout().0;
 static COUNTS: [u8; SCOPES] = layout().1;
 /// Which of them each read brings.
 static BROUGHT: [[u64; ReadClass::COUNT]; SCOPES] = layout().2;
+/// Row of the metric, and the source, of each of them.
+static MEANS: [[(u8, SourceKind); 64]; SCOPES] = layout().3;
 
-type Layout = ([[u8; SourceKind::COUNT]; METRIC_COUNT], [u8; SCOPES], [[u64; ReadClass::COUNT]; SCOPES]);
+type Layout = (
+    [[u8; SourceKind::COUNT]; METRIC_COUNT],
+    [u8; SCOPES],
+    [[u64; ReadClass::COUNT]; SCOPES],
+    [[(u8, SourceKind); 64]; SCOPES],
+);
 
 const fn layout() -> Layout {
     let mut places = [[NOWHERE; SourceKind::COUNT]; METRIC_COUNT];
     let mut counts = [0; SCOPES];
     let mut brought = [[0; ReadClass::COUNT]; SCOPES];
-    let mut m = 0;
-    while m < METRIC_COUNT {
-        let def = &METRICS[m];
+    let mut means = [[(u8::MAX, SourceKind::Ebpf); 64]; SCOPES];
+    assert!(METRIC_COUNT < u8::MAX as usize, "a row fits in a byte");
+    let mut m: u8 = 0;
+    while (m as usize) < METRIC_COUNT {
+        let def = &METRICS[m as usize];
         let (scope, mut s) = (def.scope as usize, 0);
         while s < def.sources.len() {
             let source = def.sources[s];
             assert!(counts[scope] < 64, "a bit for each number");
-            places[m][source as usize] = counts[scope];
+            places[m as usize][source as usize] = counts[scope];
+            means[scope][counts[scope] as usize] = (m, source);
             brought[scope][ReadClass::of(def.metric, source) as usize] |= 1 << counts[scope];
             counts[scope] += 1;
             s += 1;
         }
         m += 1;
     }
-    (places, counts, brought)
+    (places, counts, brought, means)
+}
+
+/// What one source says of one metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Number {
+    row: u8,
+    /// Who says so.
+    pub source: SourceKind,
+    /// At the last read.
+    pub now: u64,
+    /// At the read before.
+    pub before: Option<u64>,
+}
+
+impl Number {
+    /// Row of the metric in [`METRICS`].
+    #[must_use]
+    pub fn row(&self) -> usize {
+        self.row.into()
+    }
+
+    /// The metric.
+    #[must_use]
+    pub fn def(&self) -> &'static MetricDef {
+        &METRICS[self.row()]
+    }
 }
 
 impl Values {
@@ -147,6 +186,20 @@ impl Values {
     fn get(&self, known: u64, source: SourceKind, metric: Metric) -> Option<&[u64; 2]> {
         let place = PLACES[metric as usize][source as usize];
         if place != NOWHERE && known & 1 << place != 0 { self.numbers.get(usize::from(place)) } else { None }
+    }
+
+    /// The numbers that reads of this sample brought since the last line was written, metric by metric, the most trusted
+    /// source of each first.
+    pub fn fresh(&self, sample: &DomainSample) -> impl Iterator<Item = Number> {
+        let mut left = self.now & sample.fresh[self.scope as usize];
+        std::iter::from_fn(move || {
+            let place = left.trailing_zeros() as usize;
+            let (row, source) = *MEANS[self.scope as usize].get(place)?;
+            let [now, before] = *self.numbers.get(place)?;
+            let before = (self.before & 1 << place != 0).then_some(before);
+            left &= left - 1;
+            Some(Number { row, source, now, before })
+        })
     }
 
     fn shift(&mut self, class: ReadClass) {
@@ -312,6 +365,8 @@ pub enum CulpritKind {
 #[derive(Clone, Debug)]
 pub struct DomainSample {
     reads: [Reads; ReadClass::COUNT],
+    /// By scope, which numbers the fresh ones of them brought.
+    fresh: [u64; SCOPES],
     /// `cpu`.
     pub cpu: Values,
     /// `memory`.
@@ -344,6 +399,7 @@ impl DomainSample {
     pub fn new(vcpus: usize, interfaces: usize, disks: usize) -> Self {
         Self {
             reads: [Reads::default(); ReadClass::COUNT],
+            fresh: [0; SCOPES],
             cpu: Values::new(Scope::Cpu),
             memory: Values::new(Scope::Memory),
             vcpus: vec![Values::new(Scope::Vcpu); vcpus],
@@ -371,6 +427,9 @@ impl DomainSample {
         let reads = &mut self.reads[class as usize];
         reads.now = Some(window);
         reads.fresh = true;
+        for (fresh, brought) in self.fresh.iter_mut().zip(&BROUGHT) {
+            *fresh |= brought[class as usize];
+        }
     }
 
     /// The windows of a class.
@@ -384,6 +443,7 @@ impl DomainSample {
         for reads in &mut self.reads {
             reads.fresh = false;
         }
+        self.fresh = [0; SCOPES];
         self.forget_details();
     }
 
@@ -400,6 +460,7 @@ impl DomainSample {
     pub fn clear(&mut self) {
         self.each(Values::clear);
         self.reads = [Reads::default(); ReadClass::COUNT];
+        self.fresh = [0; SCOPES];
         self.balloon_updated_s = None;
         self.forget_details();
     }

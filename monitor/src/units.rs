@@ -72,13 +72,14 @@ impl FromStr for DomainUuid {
 
 impl fmt::Display for DomainUuid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, byte) in self.0.iter().enumerate() {
-            if [4, 6, 8, 10].contains(&i) {
-                f.write_str("-")?;
-            }
-            write!(f, "{byte:02x}")?;
+        const DIGITS: [u8; 16] = *b"0123456789abcdef";
+        let mut text = [b'-'; 36];
+        let places = text.iter_mut().enumerate().filter(|(at, _)| ![8, 13, 18, 23].contains(at));
+        let digits = self.0.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+        for ((_, place), digit) in places.zip(digits) {
+            *place = DIGITS[usize::from(digit)];
         }
-        Ok(())
+        f.write_str(std::str::from_utf8(&text).unwrap_or_default())
     }
 }
 

@@ -4,6 +4,7 @@
 //! never 0 or `null`. Adding a field is compatible; renaming one or changing a unit raises [`SCHEMA_VERSION`].
 //! Knows how numbers are written, not where they came from.
 
+mod json;
 pub mod read;
 mod sample;
 mod schema;
@@ -19,7 +20,7 @@ use crate::{
 };
 
 pub use self::{
-    sample::{Entities, Metrics, Sample, Subject, Tick},
+    sample::{Entities, Memory, Sample, Subject, Tick},
     schema::schema,
 };
 
@@ -27,8 +28,8 @@ pub use self::{
 pub const SCHEMA_VERSION: u32 = 1;
 
 /// One line.
-#[derive(Debug, Serialize, JsonSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[derive(Debug, JsonSchema)]
+#[schemars(tag = "type", rename_all = "snake_case")]
 pub enum Record<'a> {
     /// The first line: who measures, where, and what can be measured here.
     Session(Session),
@@ -541,10 +542,26 @@ impl Record<'_> {
     /// # Panics
     /// Never: only a map key that is not text could fail, and there is none.
     pub fn write_line(&self, line: &mut Vec<u8>) {
-        let mut to = serde_json::Serializer::with_formatter(&mut *line, Plain);
-        self.serialize(&mut to).expect("every map key is text");
+        let kind = self.name();
+        match self {
+            Record::Session(record) => json::anything(line, &Typed { kind, record }),
+            Record::Domain(record) => json::anything(line, &Typed { kind, record }),
+            Record::Sample(sample) => sample.write(line),
+            Record::Event(record) => json::anything(line, &Typed { kind, record }),
+            Record::Health(record) => json::anything(line, &Typed { kind, record }),
+            Record::Summary(record) => json::anything(line, &Typed { kind, record }),
+        }
         line.push(b'\n');
     }
+}
+
+/// A line with its type first.
+#[derive(Serialize)]
+struct Typed<'a, T> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    #[serde(flatten)]
+    record: &'a T,
 }
 
 /// JSON that can also be looked at: serde_json escapes control characters up to U+001F, this the others, some of

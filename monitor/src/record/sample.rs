@@ -1,19 +1,22 @@
 //! The `sample` line: every metric of every entity with one number per source, written straight from the tables.
+//!
+//! Most of a stream are such lines, so they are written without values in between: [`Object`] appends to the line.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::LazyLock};
 
 use schemars::JsonSchema;
-use serde::{
-    Serialize, Serializer,
-    ser::{SerializeMap as _, SerializeSeq as _},
-};
+use serde::{Serialize, Serializer};
 
-use super::{DomainName, timestamp};
+use super::{
+    DomainName,
+    json::{self, Object},
+    timestamp,
+};
 use crate::{
     inventory,
-    metric::{Kind, Metric, MetricDef},
-    model::{self, rate},
-    sample::{DiskDetail, DomainSample, InterfaceDetail, ReadClass, Values},
+    metric::{Kind, METRICS, Metric},
+    model::Elapsed,
+    sample::{DiskDetail, DomainSample, InterfaceDetail, Number, ReadClass, Values, VcpuDetail},
     source::{
         ebpf::ExitReason,
         libvirt::{Job, stats::DirtyRate},
@@ -22,12 +25,12 @@ use crate::{
 };
 
 /// What the sources said of one domain at one tick.
-#[derive(Debug, Serialize, JsonSchema)]
+#[derive(Debug, JsonSchema)]
 pub struct Sample<'a> {
     /// Number of this sample among the domain's, from 0.
     pub seq: u64,
     /// Wall clock, RFC 3339 with nanoseconds.
-    pub ts: String,
+    pub ts: &'a str,
     /// `CLOCK_MONOTONIC`, nanoseconds.
     pub mono_ns: u64,
     /// Time since the tick before, nanoseconds; the configured interval at the first.
@@ -39,86 +42,133 @@ pub struct Sample<'a> {
     /// When each source was read for this sample, `[begin_ns, end_ns]` on `CLOCK_MONOTONIC`. A source that was
     /// not read since the last sample is left out, here and in every metric. `procfs_net` is when `/proc` was read for
     /// the numbers of interfaces.
-    #[serde(serialize_with = "serialize_windows")]
     #[schemars(schema_with = "super::schema::windows")]
     pub windows: &'a DomainSample,
     /// The domain's CPU time.
     #[schemars(schema_with = "super::schema::cpu")]
-    pub cpu: Metrics<'a>,
+    pub cpu: &'a Values,
     /// One element per vCPU.
-    #[serde(serialize_with = "serialize_vcpus")]
     #[schemars(schema_with = "super::schema::vcpus")]
-    pub vcpus: Entities<'a, inventory::Vcpu>,
+    pub vcpus: Entities<'a, inventory::Vcpu, VcpuDetail>,
     /// One element per network interface.
-    #[serde(serialize_with = "serialize_interfaces")]
     #[schemars(schema_with = "super::schema::interfaces")]
-    pub interfaces: Entities<'a, inventory::Interface>,
+    pub interfaces: Entities<'a, inventory::Interface, InterfaceDetail>,
     /// One element per disk.
-    #[serde(serialize_with = "serialize_disks")]
     #[schemars(schema_with = "super::schema::disks")]
-    pub disks: Entities<'a, inventory::Disk>,
+    pub disks: Entities<'a, inventory::Disk, DiskDetail>,
     /// The guest's memory.
     #[schemars(schema_with = "super::schema::memory")]
-    pub memory: Metrics<'a>,
+    pub memory: Memory<'a>,
     /// How fast the guest writes to its memory, by the last measurement that somebody asked libvirt for; with some of
     /// libvirt's slow reads, and only if there was one.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(skip_serializing_if = "Option::is_none")]
     pub dirty_rate: Option<&'a DirtyRate>,
     /// A job that libvirt runs on the domain (migration, save, backup, …), with each of libvirt's reads while it runs.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(skip_serializing_if = "Option::is_none")]
     pub job: Option<&'a Job>,
 }
 
 /// Identity and values of the entities of one scope, side by side.
 #[derive(Clone, Copy, Debug)]
-pub struct Entities<'a, T> {
+pub struct Entities<'a, T, D> {
     /// Who they are.
     pub who: &'a [T],
     /// Their values.
     pub values: &'a [Values],
-    /// The windows they were read in.
-    pub sample: &'a DomainSample,
+    /// What is known of them beside numbers.
+    pub details: &'a [D],
 }
 
-/// The metrics of one entity.
+/// The guest's memory.
 #[derive(Clone, Copy, Debug)]
-pub struct Metrics<'a> {
+pub struct Memory<'a> {
     values: &'a Values,
-    sample: &'a DomainSample,
-    extra: Extra,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Extra {
-    None,
-    Memory { now_s: u64, stats_period_s: Option<u32> },
+    now_s: u64,
+    stats_period_s: Option<u32>,
 }
 
 impl<'a> Sample<'a> {
     /// The line of one domain at one tick.
     #[must_use]
-    pub fn new(tick: Tick, of: Subject<'a>) -> Self {
+    pub fn new(tick: &'a Tick, of: Subject<'a>) -> Self {
         let Subject { seq, epoch, domain, sample } = of;
-        let memory = Extra::Memory {
-            now_s: u64::try_from(tick.wall.as_second()).unwrap_or(0),
-            stats_period_s: domain.balloon.as_ref().map(|b| b.stats_period_s),
-        };
         Self {
             seq,
-            ts: timestamp(tick.wall),
+            ts: &tick.ts,
             mono_ns: tick.mono.0,
             interval_ns: tick.interval_ns,
             domain: DomainName { uuid: domain.uuid, name: &domain.name },
             epoch,
             windows: sample,
-            cpu: Metrics { values: &sample.cpu, sample, extra: Extra::None },
-            vcpus: Entities { who: &domain.vcpus, values: &sample.vcpus, sample },
-            interfaces: Entities { who: &domain.interfaces, values: &sample.interfaces, sample },
-            disks: Entities { who: &domain.disks, values: &sample.disks, sample },
-            memory: Metrics { values: &sample.memory, sample, extra: memory },
+            cpu: &sample.cpu,
+            vcpus: Entities { who: &domain.vcpus, values: &sample.vcpus, details: &sample.vcpu_details },
+            interfaces: Entities {
+                who: &domain.interfaces,
+                values: &sample.interfaces,
+                details: &sample.interface_details,
+            },
+            disks: Entities { who: &domain.disks, values: &sample.disks, details: &sample.disk_details },
+            memory: Memory {
+                values: &sample.memory,
+                now_s: tick.wall_s,
+                stats_period_s: domain.balloon.as_ref().map(|b| b.stats_period_s),
+            },
             dirty_rate: sample.dirty_rate.as_ref(),
             job: sample.job.as_ref(),
         }
+    }
+
+    /// Appends the line, without its end.
+    pub(super) fn write(&self, line: &mut Vec<u8>) {
+        let reads = Fresh::new(self.windows);
+        let mut to = Object::open(line);
+        to.word("type", "sample");
+        to.number("seq", self.seq);
+        to.word("ts", self.ts);
+        to.number("mono_ns", self.mono_ns);
+        to.number("interval_ns", self.interval_ns);
+        to.object("domain", |to| {
+            to.word("uuid", &self.domain.uuid.to_string());
+            to.value("name", self.domain.name);
+        });
+        to.number("epoch", self.epoch.into());
+        to.object("windows", |to| write_windows(to, self.windows));
+        to.object("cpu", |to| write_cpu(to, self.cpu, &reads));
+        to.objects("vcpus", self.vcpus.each(), |to, (vcpu, values, detail)| {
+            to.number("vcpu", vcpu.index.0.into());
+            if let Some(tid) = vcpu.tid {
+                to.number("tid", tid.0.into());
+            }
+            write_values(to, values, &reads);
+            write_vcpu_detail(to, detail);
+        });
+        to.objects("interfaces", self.interfaces.each(), |to, (interface, values, detail)| {
+            write_interface_identity(to, interface);
+            write_values(to, values, &reads);
+            write_interface_detail(to, detail);
+        });
+        to.objects("disks", self.disks.each(), |to, (disk, values, detail)| {
+            to.value("target", &disk.target);
+            write_values(to, values, &reads);
+            write_disk_detail(to, detail);
+        });
+        to.object("memory", |to| {
+            write_values(to, self.memory.values, &reads);
+            write_use_of_memory(to, self.memory, self.windows);
+        });
+        to.some("dirty_rate", self.dirty_rate);
+        to.some("job", self.job);
+        to.close();
+    }
+}
+
+impl<'a, T, D> Entities<'a, T, D> {
+    fn each(&self) -> impl Iterator<Item = (&'a T, &'a Values, &'a D)> {
+        self.who
+            .iter()
+            .zip(self.values)
+            .zip(self.details)
+            .map(|((who, values), detail)| (who, values, detail))
     }
 }
 
@@ -135,29 +185,74 @@ pub struct Subject<'a> {
     pub sample: &'a DomainSample,
 }
 
-/// The moment a line is about.
-#[derive(Clone, Copy, Debug)]
+/// The moment lines are about.
+#[derive(Clone, Debug)]
 pub struct Tick {
-    /// Wall clock.
-    pub wall: jiff::Timestamp,
-    /// Arithmetic clock.
-    pub mono: MonotonicNs,
+    /// Wall clock, RFC 3339.
+    ts: String,
+    /// The same, seconds.
+    wall_s: u64,
+    mono: MonotonicNs,
     /// Since the tick before, nanoseconds.
-    pub interval_ns: u64,
+    interval_ns: u64,
 }
 
-fn serialize_windows<S: Serializer>(sample: &DomainSample, to: S) -> Result<S::Ok, S::Error> {
-    let mut map = to.serialize_map(None)?;
+impl Tick {
+    /// A moment on the wall clock and on the one of arithmetic, so many nanoseconds after the tick before.
+    #[must_use]
+    pub fn new(wall: jiff::Timestamp, mono: MonotonicNs, interval_ns: u64) -> Self {
+        let wall_s = u64::try_from(wall.as_second()).unwrap_or(0);
+        Self { ts: timestamp(wall), wall_s, mono, interval_ns }
+    }
+}
+
+/// What was read since the last line.
+struct Fresh<'a> {
+    sample: &'a DomainSample,
+    /// Between the last two reads of each class.
+    elapsed: [Option<Elapsed>; ReadClass::COUNT],
+}
+
+impl<'a> Fresh<'a> {
+    fn new(sample: &'a DomainSample) -> Self {
+        let elapsed = ReadClass::ALL.map(|class| {
+            let reads = sample.reads(class);
+            Elapsed::between(reads.before?, reads.now?).ok()
+        });
+        Self { sample, elapsed }
+    }
+
+    /// Per second; `None` of a gauge, and where two reads give no rate.
+    fn rate(&self, number: Number) -> Option<f64> {
+        let def = number.def();
+        if def.kind == Kind::Gauge {
+            return None;
+        }
+        let elapsed = self.elapsed[ReadClass::of(def.metric, number.source) as usize]?;
+        let before = number.before?;
+        // Most counters stand still from one tick to the next.
+        if before == number.now { Some(0.0) } else { Some(elapsed.rate(before, number.now).ok()?.mid) }
+    }
+}
+
+fn write_windows(to: &mut Object<'_>, sample: &DomainSample) {
+    let mut write = |name, window: Window| {
+        let to = to.key(name);
+        to.push(b'[');
+        json::number(to, window.begin.0);
+        to.push(b',');
+        json::number(to, window.end.0);
+        to.push(b']');
+    };
     for source in SourceKind::ALL {
         if let Some(window) = fresh_window(sample, source) {
-            map.serialize_entry(source.name(), &[window.begin.0, window.end.0])?;
+            write(source.name(), window);
         }
     }
     let net = sample.reads(ReadClass::ProcfsNet);
     if let Some(window) = net.now.filter(|_| net.fresh) {
-        map.serialize_entry("procfs_net", &[window.begin.0, window.end.0])?;
+        write("procfs_net", window);
     }
-    map.end()
 }
 
 fn fresh_window(sample: &DomainSample, source: SourceKind) -> Option<Window> {
@@ -174,212 +269,121 @@ fn fresh_window(sample: &DomainSample, source: SourceKind) -> Option<Window> {
     Some(Window { begin: first.begin.min(more.begin), end: first.end.max(more.end) })
 }
 
-impl Serialize for Metrics<'_> {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut map = to.serialize_map(None)?;
-        serialize_values::<S>(&mut map, self.values, self.sample)?;
-        match self.extra {
-            Extra::None => {
-                serialize_utilization::<S>(&mut map, self.values, self.sample)?;
-                if !self.sample.perf.is_empty() {
-                    map.serialize_entry("perf", &Named(&self.sample.perf))?;
-                }
-            }
-            Extra::Memory { now_s, stats_period_s } => {
-                serialize_memory::<S>(&mut map, self, now_s, stats_period_s)?;
-            }
+/// Begins of metrics by their row and the source that is named first: `"NAME":{"SOURCE":`.
+static BEGINS: LazyLock<Vec<[String; SourceKind::COUNT]>> = LazyLock::new(|| {
+    let begin = |name: &str, source: SourceKind| format!("\"{name}\":{{\"{}\":", source.name());
+    METRICS.iter().map(|def| SourceKind::ALL.map(|source| begin(def.name, source))).collect()
+});
+/// What follows the first number of a metric: another one's source.
+static MORE: [&str; SourceKind::COUNT] = [",\"ebpf\":", ",\"procfs\":", ",\"libvirt\":"];
+/// What follows the last one of a metric that has no rate, one that stands still, and one that does not.
+static ENDS: [[&str; SourceKind::COUNT]; 3] = [
+    [",\"best\":\"ebpf\"}", ",\"best\":\"procfs\"}", ",\"best\":\"libvirt\"}"],
+    [
+        ",\"best\":\"ebpf\",\"per_s\":0.0}",
+        ",\"best\":\"procfs\",\"per_s\":0.0}",
+        ",\"best\":\"libvirt\",\"per_s\":0.0}",
+    ],
+    [",\"best\":\"ebpf\",\"per_s\":", ",\"best\":\"procfs\",\"per_s\":", ",\"best\":\"libvirt\",\"per_s\":"],
+];
+
+/// Every metric of an entity that a source was read for since the last line. Most of a line is this, so what is always
+/// the same is appended as a whole.
+fn write_values(to: &mut Object<'_>, values: &Values, reads: &Fresh<'_>) {
+    let begins = &*BEGINS;
+    let mut numbers = values.fresh(reads.sample).peekable();
+    while let Some(best) = numbers.next() {
+        let mut by_source = [None; SourceKind::COUNT];
+        by_source[best.source as usize] = Some(best.now);
+        while let Some(other) = numbers.next_if(|other| other.row() == best.row()) {
+            by_source[other.source as usize] = Some(other.now);
         }
-        map.end()
-    }
-}
-
-/// Numbers of one metric, and what follows from them.
-#[derive(Clone, Copy, Debug)]
-struct MetricValue {
-    /// In the order of [`SourceKind::ALL`].
-    numbers: [Option<u64>; SourceKind::COUNT],
-    best: SourceKind,
-    rate: Option<model::Rate>,
-    unit: Unit,
-}
-
-impl MetricValue {
-    /// `None` if no source was read for it since the last sample.
-    fn of(def: &MetricDef, values: &Values, sample: &DomainSample) -> Option<Self> {
-        let reads = |source| sample.reads(ReadClass::of(def.metric, source));
-        let (mut numbers, mut best) = ([None; SourceKind::COUNT], None);
-        for source in def.sources {
-            if let Some(now) = values.now(*source, def.metric).filter(|_| reads(*source).fresh) {
-                numbers[*source as usize] = Some(now);
-                best = best.or(Some((*source, now)));
-            }
+        let mut known =
+            by_source.into_iter().enumerate().filter_map(|(source, number)| Some((source, number?)));
+        let Some((source, number)) = known.next() else { continue };
+        let line = to.raw(begins[best.row()][source].as_bytes());
+        json::number(line, number);
+        for (source, number) in known {
+            line.extend_from_slice(MORE[source].as_bytes());
+            json::number(line, number);
         }
-        let (best, now) = best?;
-        let rate_of_best = || {
-            let before = values.before(best, def.metric)?;
-            let reads = reads(best);
-            rate((before, reads.before?), (now, reads.now?)).ok()
-        };
-        let rate = if def.kind == Kind::Counter { rate_of_best() } else { None };
-        Some(Self { numbers, best, rate, unit: def.unit })
-    }
-}
-
-impl Serialize for MetricValue {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut map = to.serialize_map(None)?;
-        for (source, number) in SourceKind::ALL.iter().zip(&self.numbers) {
-            if let Some(number) = number {
-                map.serialize_entry(source.name(), number)?;
+        let end = |kind: usize| ENDS[kind][best.source as usize].as_bytes();
+        match reads.rate(best) {
+            None => line.extend_from_slice(end(0)),
+            Some(0.0) => line.extend_from_slice(end(1)),
+            Some(rate) => {
+                line.extend_from_slice(end(2));
+                let of_time = best.def().unit == Unit::Nanoseconds;
+                json::real(line, if of_time { rate / 1e9 } else { rate });
+                line.push(b'}');
             }
         }
-        map.serialize_entry("best", self.best.name())?;
-        if let Some(rate) = self.rate {
-            let per_s = if self.unit == Unit::Nanoseconds { rate.mid / 1e9 } else { rate.mid };
-            map.serialize_entry("per_s", &per_s)?;
-        }
-        map.end()
     }
 }
 
-fn serialize_values<S: Serializer>(
-    map: &mut S::SerializeMap,
-    values: &Values,
-    sample: &DomainSample,
-) -> Result<(), S::Error> {
-    for def in values.scope().metrics() {
-        if let Some(value) = MetricValue::of(def, values, sample) {
-            map.serialize_entry(def.name, &value)?;
-        }
+fn write_cpu(to: &mut Object<'_>, values: &Values, reads: &Fresh<'_>) {
+    write_values(to, values, reads);
+    // CPU time per wall time of the process, in per cent of one CPU.
+    let time = values.fresh(reads.sample).find(|number| number.def().metric == Metric::CpuTime);
+    if let Some((best, rate)) = time.and_then(|time| Some((time.source, reads.rate(time)?))) {
+        to.object("util_pct", |to| {
+            to.word("best", best.name());
+            json::real(to.key("value"), rate / 1e7);
+        });
     }
-    Ok(())
-}
-
-/// `util_pct`: CPU time per wall time of the process, in per cent of one CPU.
-fn serialize_utilization<S: Serializer>(
-    map: &mut S::SerializeMap,
-    values: &Values,
-    sample: &DomainSample,
-) -> Result<(), S::Error> {
-    let Some(value) = MetricValue::of(Metric::CpuTime.def(), values, sample) else { return Ok(()) };
-    let Some(rate) = value.rate else { return Ok(()) };
-    #[derive(Serialize)]
-    struct Percent {
-        best: &'static str,
-        value: f64,
+    if !reads.sample.perf.is_empty() {
+        to.value("perf", &Named(&reads.sample.perf));
     }
-    map.serialize_entry("util_pct", &Percent { best: value.best.name(), value: rate.mid / 1e7 })
 }
 
 /// What follows from the balloon's figures: memory in use by the best definition there is, and their age.
-fn serialize_memory<S: Serializer>(
-    map: &mut S::SerializeMap,
-    metrics: &Metrics<'_>,
-    now_s: u64,
-    stats_period_s: Option<u32>,
-) -> Result<(), S::Error> {
-    if !metrics.sample.reads(ReadClass::LibvirtSlow).fresh {
-        return Ok(());
+fn write_use_of_memory(to: &mut Object<'_>, memory: Memory<'_>, sample: &DomainSample) {
+    if !sample.reads(ReadClass::LibvirtSlow).fresh {
+        return;
     }
-    let value = |metric| metrics.values.now(SourceKind::Libvirt, metric);
+    let value = |metric| memory.values.now(SourceKind::Libvirt, metric);
     let less = |free| value(Metric::MemoryAvailable)?.checked_sub(value(free)?);
     let (usable, unused) = (less(Metric::MemoryUsable), less(Metric::MemoryUnused));
     let used = usable
         .map(|used| (used, "available_minus_usable"))
         .or(unused.map(|used| (used, "available_minus_unused")));
     if let Some((used, by)) = used {
-        map.serialize_entry("used_bytes", &used)?;
-        map.serialize_entry("used_by", by)?;
+        to.number("used_bytes", used);
+        to.word("used_by", by);
     }
     for (name, used) in [("available_minus_usable_bytes", usable), ("available_minus_unused_bytes", unused)] {
         if let Some(used) = used {
-            map.serialize_entry(name, &used)?;
+            to.number(name, used);
         }
     }
-    if let Some(age) =
-        metrics.sample.balloon_updated_s.filter(|at| *at > 0).map(|at| now_s.saturating_sub(at))
+    let updated = sample.balloon_updated_s.filter(|at| *at > 0);
+    if let Some(age) = updated.map(|at| memory.now_s.saturating_sub(at)) {
+        to.number("age_s", age);
+        let period = u64::from(memory.stats_period_s.unwrap_or(0));
+        to.value("stale", &(period == 0 || age > 3 * period));
+    }
+}
+
+fn write_vcpu_detail(to: &mut Object<'_>, detail: &VcpuDetail) {
+    to.some("wait_hist_ns", detail.wait_hist.as_ref());
+    to.some("run_hist_ns", detail.run_hist.as_ref());
+    to.some("preempted_by", detail.preempted_by.as_ref());
+    let exits = detail.exits.as_ref().map(|exits| [&exits.guest, &exits.userspace]);
+    for (name, reasons) in
+        ["exit_reasons", "userspace_exit_reasons"].into_iter().zip(exits.into_iter().flatten())
     {
-        map.serialize_entry("age_s", &age)?;
-        let period = u64::from(stats_period_s.unwrap_or(0));
-        map.serialize_entry("stale", &(period == 0 || age > 3 * period))?;
+        if !reasons.is_empty() {
+            to.value(name, &Reasons(reasons));
+        }
     }
-    Ok(())
-}
-
-fn serialize_entities<S: Serializer, T>(
-    entities: &Entities<'_, T>,
-    to: S,
-    identity: impl Fn(usize, &T) -> Identity<'_>,
-) -> Result<S::Ok, S::Error> {
-    let mut seq = to.serialize_seq(None)?;
-    for (i, (who, values)) in entities.who.iter().zip(entities.values).enumerate() {
-        seq.serialize_element(&Entity { who: identity(i, who), values, sample: entities.sample })?;
+    if let Some(state) = detail.state {
+        to.word("state", state);
     }
-    seq.end()
-}
-
-enum Identity<'a> {
-    Vcpu { vcpu: u32, tid: Option<u32>, place: usize },
-    Device { interface: &'a inventory::Interface, place: usize },
-    Target { target: &'a str, place: usize },
-}
-
-struct Entity<'a> {
-    who: Identity<'a>,
-    values: &'a Values,
-    sample: &'a DomainSample,
-}
-
-impl Serialize for Entity<'_> {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut map = to.serialize_map(None)?;
-        match self.who {
-            Identity::Vcpu { vcpu, tid, .. } => {
-                map.serialize_entry("vcpu", &vcpu)?;
-                if let Some(tid) = tid {
-                    map.serialize_entry("tid", &tid)?;
-                }
-            }
-            Identity::Device { interface, .. } => serialize_interface_identity::<S>(&mut map, interface)?,
-            Identity::Target { target, .. } => map.serialize_entry("target", target)?,
-        }
-        serialize_values::<S>(&mut map, self.values, self.sample)?;
-        if let Identity::Device { place, .. } = self.who {
-            serialize_interface_detail::<S>(&mut map, &self.sample.interface_details[place])?;
-        }
-        if let Identity::Vcpu { place, .. } = self.who {
-            let detail = &self.sample.vcpu_details[place];
-            let histograms = [("wait_hist_ns", &detail.wait_hist), ("run_hist_ns", &detail.run_hist)];
-            for (name, histogram) in histograms {
-                if let Some(histogram) = histogram {
-                    map.serialize_entry(name, histogram)?;
-                }
-            }
-            if let Some(culprits) = &detail.preempted_by {
-                map.serialize_entry("preempted_by", culprits)?;
-            }
-            let exits = detail.exits.as_ref().map(|exits| [&exits.guest, &exits.userspace]);
-            for (name, reasons) in
-                ["exit_reasons", "userspace_exit_reasons"].into_iter().zip(exits.into_iter().flatten())
-            {
-                if !reasons.is_empty() {
-                    map.serialize_entry(name, &Reasons(reasons))?;
-                }
-            }
-            if let Some(state) = detail.state {
-                map.serialize_entry("state", state)?;
-            }
-            if let Some(state) = detail.libvirt_state {
-                map.serialize_entry("libvirt_state", state)?;
-            }
-            if !detail.kvm_stats.is_empty() {
-                map.serialize_entry("kvm_stats", &Named(&detail.kvm_stats))?;
-            }
-        }
-        if let Identity::Target { place, .. } = self.who {
-            serialize_disk_detail::<S>(&mut map, &self.sample.disk_details[place])?;
-        }
-        map.end()
+    if let Some(state) = detail.libvirt_state {
+        to.word("libvirt_state", state);
+    }
+    if !detail.kvm_stats.is_empty() {
+        to.value("kvm_stats", &Named(&detail.kvm_stats));
     }
 }
 
@@ -408,26 +412,15 @@ impl Serialize for Reasons<'_> {
 }
 
 /// The host device, and what tells interfaces apart that have none.
-fn serialize_interface_identity<S: Serializer>(
-    map: &mut S::SerializeMap,
-    interface: &inventory::Interface,
-) -> Result<(), S::Error> {
+fn write_interface_identity(to: &mut Object<'_>, interface: &inventory::Interface) {
     if !interface.device.is_empty() {
-        map.serialize_entry("device", &interface.device)?;
+        to.value("device", &interface.device);
     }
-    if let Some(alias) = &interface.alias {
-        map.serialize_entry("alias", alias)?;
-    }
-    if let Some(mac) = &interface.mac {
-        map.serialize_entry("mac", mac)?;
-    }
-    Ok(())
+    to.some("alias", interface.alias.as_ref());
+    to.some("mac", interface.mac.as_ref());
 }
 
-fn serialize_interface_detail<S: Serializer>(
-    map: &mut S::SerializeMap,
-    detail: &InterfaceDetail,
-) -> Result<(), S::Error> {
+fn write_interface_detail(to: &mut Object<'_>, detail: &InterfaceDetail) {
     let reasons = [
         ("rx_drop_reasons", &detail.rx_drop_reasons),
         ("tx_drop_reasons", &detail.tx_drop_reasons),
@@ -436,25 +429,16 @@ fn serialize_interface_detail<S: Serializer>(
     ];
     for (name, reasons) in reasons.into_iter().filter(|(_, reasons)| !reasons.is_empty()) {
         let reasons: BTreeMap<&str, u64> = reasons.iter().map(|(name, n)| (name.as_str(), *n)).collect();
-        map.serialize_entry(name, &reasons)?;
+        to.value(name, &reasons);
     }
-    let histograms =
-        [("rx_burst_hist_bytes", &detail.rx_burst_hist), ("tx_burst_hist_bytes", &detail.tx_burst_hist)];
-    for (name, histogram) in histograms {
-        if let Some(histogram) = histogram {
-            map.serialize_entry(name, histogram)?;
-        }
-    }
+    to.some("rx_burst_hist_bytes", detail.rx_burst_hist.as_ref());
+    to.some("tx_burst_hist_bytes", detail.tx_burst_hist.as_ref());
     if !detail.queues.is_empty() {
-        map.serialize_entry("queues", &detail.queues)?;
+        to.value("queues", &detail.queues);
     }
-    Ok(())
 }
 
-fn serialize_disk_detail<S: Serializer>(
-    map: &mut S::SerializeMap,
-    detail: &DiskDetail,
-) -> Result<(), S::Error> {
+fn write_disk_detail(to: &mut Object<'_>, detail: &DiskDetail) {
     let histograms = [
         ("rd_latency_ns", "rd_latency_hist_ns", &detail.rd_hist),
         ("wr_latency_ns", "wr_latency_hist_ns", &detail.wr_hist),
@@ -464,22 +448,17 @@ fn serialize_disk_detail<S: Serializer>(
     ];
     for (summary, name, histogram) in histograms {
         let Some(histogram) = histogram else { continue };
-        if let Some(latency) = latency(histogram) {
-            map.serialize_entry(summary, &latency)?;
-        }
-        map.serialize_entry(name, histogram)?;
+        to.some(summary, latency(histogram).as_ref());
+        to.value(name, histogram);
     }
     if let Some(reason) = detail.device_reason {
-        map.serialize_entry("device_reason", reason)?;
+        to.value("device_reason", reason);
     }
-    if let Some(layers) = &detail.layers {
-        map.serialize_entry("layers", layers)?;
-    }
+    to.some("layers", detail.layers.as_ref());
     if !detail.errors.is_empty() {
         let named: BTreeMap<_, _> = detail.errors.iter().map(|(errno, n)| (errno_name(*errno), n)).collect();
-        map.serialize_entry("errors", &named)?;
+        to.value("errors", &named);
     }
-    Ok(())
 }
 
 /// What a latency histogram says at a glance.
@@ -541,24 +520,20 @@ fn errno_name(errno: u32) -> String {
     name.to_owned()
 }
 
-fn serialize_vcpus<S: Serializer>(of: &Entities<'_, inventory::Vcpu>, to: S) -> Result<S::Ok, S::Error> {
-    serialize_entities(of, to, |place, v| Identity::Vcpu { vcpu: v.index.0, tid: v.tid.map(|t| t.0), place })
-}
-
-fn serialize_interfaces<S: Serializer>(
-    of: &Entities<'_, inventory::Interface>,
-    to: S,
-) -> Result<S::Ok, S::Error> {
-    serialize_entities(of, to, |place, interface| Identity::Device { interface, place })
-}
-
-fn serialize_disks<S: Serializer>(of: &Entities<'_, inventory::Disk>, to: S) -> Result<S::Ok, S::Error> {
-    serialize_entities(of, to, |place, d| Identity::Target { target: &d.target, place })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn texts_name_the_sources() {
+        for source in SourceKind::ALL {
+            let (at, name) = (source as usize, source.name());
+            assert_eq!(MORE[at], format!(",\"{name}\":"));
+            let best = format!(",\"best\":\"{name}\"");
+            let ends = [format!("{best}}}"), format!("{best},\"per_s\":0.0}}"), format!("{best},\"per_s\":")];
+            assert_eq!(ENDS.map(|end| end[at].to_owned()), ends);
+        }
+    }
 
     #[test]
     fn percentiles_are_upper_ends_of_buckets() {
