@@ -22,6 +22,7 @@
 //! | [`compare`] | lines of a stream → a report of how accurate each source is | I/O, clocks, JSON |
 //! | [`recorded`] | feeds a recorded stream, or the one being made, to a comparison | any metric by name |
 //! | [`run`] | ticks, calls the above in order, stops cleanly | any metric by name |
+//! | [`pace`] | says when to tick | anything else |
 //! | [`footprint`] | keeps our own memory small | anything else |
 //! | [`privilege`] | gives up rights that are not needed any more | anything else |
 //! | [`place`] | says where the domains of a libvirt URI are | sources |
@@ -45,6 +46,7 @@ pub mod ledger;
 pub mod list;
 pub mod metric;
 pub mod model;
+pub mod pace;
 pub mod place;
 pub mod privilege;
 pub mod reconcile;

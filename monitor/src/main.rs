@@ -80,11 +80,20 @@ fn until_signal<F: Future<Output = Result<(), RunError>>>(
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
         let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
-        let shutdown = async move {
-            tokio::select! {
+        let (tell, told) = tokio::sync::oneshot::channel();
+        // A task of its own, so that no tick has to ask three signals.
+        tokio::spawn(async move {
+            let signal = tokio::select! {
                 _ = interrupt.recv() => "SIGINT",
                 _ = terminate.recv() => "SIGTERM",
                 _ = hangup.recv() => "SIGHUP",
+            };
+            let _ = tell.send(signal); // Nobody waits for it any more.
+        });
+        let shutdown = async {
+            match told.await {
+                Ok(signal) => signal,
+                Err(_) => std::future::pending().await,
             }
         };
         work(Box::pin(shutdown)).await.map_err(anyhow::Error::from)

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, time::Duration}
 
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    time::{Instant, MissedTickBehavior},
+    time::Instant,
 };
 
 use crate::{
@@ -15,6 +15,7 @@ use crate::{
     footprint,
     host::{self, Facts},
     inquiry::{Inquiry, News, Timing},
+    pace::Pace,
     place::elsewhere,
     privilege::{self, Children, Programs},
     record::{
@@ -76,6 +77,9 @@ pub enum RunError {
     /// No process of that name or UUID, and nobody to ask.
     #[error("no domain {0:?} among the QEMU processes in /proc, and libvirt does not tell: {1}")]
     UnknownWithoutLibvirt(String, String),
+    /// The kernel gives no timer.
+    #[error("cannot set a timer")]
+    Timer(#[source] std::io::Error),
     /// The stream cannot be written.
     #[error(transparent)]
     Sink(#[from] SinkError),
@@ -100,7 +104,7 @@ pub async fn run_into(
     shutdown: impl Future<Output = &'static str>,
 ) -> Result<(), RunError> {
     let mut runner = Runner::start(config, sink).await?;
-    let reason = match runner.until(shutdown).await {
+    let reason = match runner.until(shutdown).await? {
         End::Stop(reason) => reason,
         End::Sink(SinkEnd::ReaderLeft) => return Ok(()),
         End::Sink(SinkEnd::Failed(error)) => return Err(error.into()),
@@ -123,8 +127,6 @@ struct Runner {
     sink: Ndjson,
     started: MonotonicNs,
     last_tick: Option<MonotonicNs>,
-    /// When the last tick should have been.
-    last_due: Option<Instant>,
     looked: MonotonicNs,
     /// When all of them were looked at.
     looked_fully: MonotonicNs,
@@ -179,7 +181,6 @@ impl Runner {
             sink,
             started: now,
             last_tick: None,
-            last_due: None,
             looked: now,
             looked_fully: now,
             ticks: 0,
@@ -230,36 +231,34 @@ impl Runner {
         }
     }
 
-    async fn until(&mut self, shutdown: impl Future<Output = &'static str>) -> End {
-        let mut ticks = tokio::time::interval(self.config.interval);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    async fn until(&mut self, shutdown: impl Future<Output = &'static str>) -> Result<End, RunError> {
+        let mut ticks = Pace::start(self.config.interval).map_err(RunError::Timer)?;
         let mut health = tokio::time::interval_at(Instant::now() + HEALTH_INTERVAL, HEALTH_INTERVAL);
-        let end = self.config.duration.map(|duration| Instant::now() + duration);
-        tokio::pin!(shutdown);
+        // Set once: to set a timer anew at each tick costs as much as the rest of waiting.
+        let end = sleep_until(self.config.duration.map(|duration| Instant::now() + duration));
+        tokio::pin!(shutdown, end);
         loop {
             tokio::select! {
                 biased;
-                reason = &mut shutdown => return End::Stop(reason),
-                sink_end = self.sink.ended() => return End::Sink(sink_end),
-                due = ticks.tick() => self.tick(due),
+                reason = &mut shutdown => return Ok(End::Stop(reason)),
+                sink_end = self.sink.ended() => return Ok(End::Sink(sink_end)),
+                missed = ticks.next() => self.tick(missed),
                 update = next_update(&mut self.libvirt) => self.libvirt_says(update),
                 () = changed(self.changes.as_ref(), self.look_after) => self.look_at_changes(),
                 () = sleep_until(self.look_again) => self.look_again(),
                 _ = health.tick() => self.write_health(),
-                () = sleep_until(end) => return End::Stop("the time given by --duration is over"),
+                () = &mut end => return Ok(End::Stop("the time given by --duration is over")),
             }
             self.sink.flush();
         }
     }
 
-    fn tick(&mut self, due: Instant) {
+    fn tick(&mut self, missed: u64) {
         let now = MonotonicNs::now();
         let interval_ns = self.last_tick.map_or(duration_ns(self.config.interval), |last| now.since(last));
         self.last_tick = Some(now);
         self.ticks += 1;
-        if let Some(last) = self.last_due.replace(due) {
-            self.ticks_missed += skipped(due - last, self.config.interval);
-        }
+        self.ticks_missed += missed;
         if now.since(self.looked) >= duration_ns(LOOK_INTERVAL) {
             self.look(now);
         }
@@ -525,13 +524,6 @@ async fn next_update(libvirt: &mut Option<Inquiry>) -> Update {
     }
 }
 
-/// How many ticks were left out between two that were due so far apart. Counts by when ticks were due, not by when
-/// they came: a late one is followed by one that is in time again, less than an interval later.
-fn skipped(apart: Duration, interval: Duration) -> u64 {
-    let intervals = apart.as_nanos() / interval.as_nanos().max(1);
-    u64::try_from(intervals).unwrap_or(u64::MAX).saturating_sub(1)
-}
-
 /// Lets the runtime watch a descriptor; `None` if it cannot, and then a look comes once a second only.
 fn watch(fd: OwnedFd) -> Option<AsyncFd<OwnedFd>> {
     // SAFETY: an owned descriptor stays the same open file until the `AsyncFd` that owns it is dropped.
@@ -541,7 +533,9 @@ fn watch(fd: OwnedFd) -> Option<AsyncFd<OwnedFd>> {
 /// Until the kernel programs saw threads or processes come or go; not before `after`.
 async fn changed(changes: Option<&AsyncFd<OwnedFd>>, after: Instant) {
     let Some(changes) = changes else { return std::future::pending().await };
-    tokio::time::sleep_until(after).await;
+    if after > Instant::now() {
+        tokio::time::sleep_until(after).await;
+    }
     match changes.readable().await {
         Ok(mut ready) => ready.clear_ready(),
         Err(_) => std::future::pending().await,
@@ -611,17 +605,4 @@ fn own_rss_bytes() -> Option<u64> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
     pages.checked_mul(u64::try_from(rustix::param::page_size()).ok()?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ticks_left_out_are_counted() {
-        for (apart_ms, expected) in [(0, 0), (10, 0), (20, 1), (60, 5)] {
-            let apart = Duration::from_millis(apart_ms);
-            assert_eq!(skipped(apart, Duration::from_millis(10)), expected, "{apart:?}");
-        }
-    }
 }
