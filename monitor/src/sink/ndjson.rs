@@ -1,5 +1,6 @@
 //! Writes records as lines of JSON to standard output or a file, on a thread of its own, so that a slow reader
-//! never delays a tick.
+//! never delays a tick. What a pipe takes at once, without waiting, is written without that thread: to wake it at
+//! each tick costs more than to write.
 //!
 //! The queue is bounded in bytes. When it is full, lines are dropped and counted: `sample` lines first, the
 //! others only when the queue is twice as full. Lines are never cut in the middle by us.
@@ -7,7 +8,8 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, Write},
+    io::{self, IoSlice, Write},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -17,6 +19,10 @@ use std::{
     time::Duration,
 };
 
+use rustix::{
+    fs::FileType,
+    io::{Errno, ReadWriteFlags},
+};
 use tokio::sync::oneshot;
 
 use crate::{privilege, record::Record};
@@ -70,6 +76,8 @@ pub enum SinkEnd {
 #[derive(Debug)]
 pub struct Ndjson {
     to: String,
+    /// The same pipe or socket as the thread writes to, if it can be asked not to wait.
+    at_once: Option<OwnedFd>,
     lines: Option<mpsc::Sender<Vec<u8>>>,
     used: mpsc::Receiver<Vec<u8>>,
     queued: Arc<AtomicUsize>,
@@ -87,7 +95,9 @@ impl Ndjson {
     /// If the file cannot be created.
     pub fn open(output: &str) -> Result<Self, SinkError> {
         if output == "-" {
-            return Ok(Self::start("standard output".to_owned(), io::stdout()));
+            let at_once = never_waits(io::stdout().as_fd());
+            let this = Self::start("standard output".to_owned(), io::stdout());
+            return Ok(Self { at_once, ..this });
         }
         let path = Path::new(output);
         match File::create(path) {
@@ -111,7 +121,17 @@ impl Ndjson {
             let _ = end.send(result);
         });
         let pending = (Vec::new(), 0);
-        Self { to, lines: Some(lines), used, queued, pending, ended, written: BTreeMap::new(), dropped: 0 }
+        Self {
+            to,
+            at_once: None,
+            lines: Some(lines),
+            used,
+            queued,
+            pending,
+            ended,
+            written: BTreeMap::new(),
+            dropped: 0,
+        }
     }
 
     /// Queues one line, or drops and counts it if the reader is too far behind. It is on its way after
@@ -136,6 +156,11 @@ impl Ndjson {
         if self.pending.1 == 0 {
             return;
         }
+        self.write_at_once();
+        if self.pending.0.is_empty() {
+            self.pending.1 = 0;
+            return;
+        }
         let mut next = self.used.try_recv().unwrap_or_default();
         next.clear();
         let (text, lines) = std::mem::replace(&mut self.pending, (next, 0));
@@ -143,6 +168,22 @@ impl Ndjson {
         // It fails once writing has ended, and `ended` says why.
         if self.lines.as_ref().is_none_or(|queue| queue.send(text).is_err()) {
             self.dropped += lines;
+        }
+    }
+
+    /// Writes as much as there is room for, unless something is in the queue, which goes first.
+    fn write_at_once(&mut self) {
+        let Some(to) = self.at_once.as_ref().filter(|_| self.queued.load(Ordering::Acquire) == 0) else {
+            return;
+        };
+        let text = &mut self.pending.0;
+        // At the position that there is none of in a pipe (`do_pwritev()`).
+        match rustix::io::pwritev2(to, &[IoSlice::new(text)], u64::MAX, ReadWriteFlags::NOWAIT) {
+            Ok(written) if written == text.len() => text.clear(),
+            Ok(written) => drop(text.drain(..written)),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            // A pipe cannot do so before Linux 6.4. What else it may be, the thread meets as well, and says.
+            Err(_) => self.at_once = None,
         }
     }
 
@@ -183,6 +224,13 @@ impl Ndjson {
     }
 }
 
+/// Another descriptor of a pipe or a socket. Files are left to the thread: writing to them may wait for a disk all the
+/// same.
+fn never_waits(to: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(to).ok()?.st_mode);
+    matches!(kind, FileType::Fifo | FileType::Socket).then(|| to.try_clone_to_owned().ok()).flatten()
+}
+
 fn write_lines(
     mut output: impl Write,
     lines: &mpsc::Receiver<Vec<u8>>,
@@ -192,7 +240,7 @@ fn write_lines(
     while let Ok(batch) = lines.recv() {
         output.write_all(&batch)?;
         output.flush()?;
-        queued.fetch_sub(batch.len(), Ordering::Relaxed);
+        queued.fetch_sub(batch.len(), Ordering::Release);
         // Nobody writes any more: then it is not needed.
         let _ = give_back.send(batch);
     }
@@ -256,6 +304,39 @@ mod tests {
             let value: serde_json::Value = serde_json::from_str(line).unwrap();
             assert_eq!(value["detail"], format!("{i}\n\u{1b}[31m\""));
             assert!(!line.contains('\u{1b}'));
+        }
+    }
+
+    /// A pipe: what it takes at once goes around the queue, what it does not goes through it, and nothing overtakes.
+    #[tokio::test]
+    async fn what_a_full_pipe_does_not_take_at_once_follows_in_order() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let at_once = never_waits(writer.as_fd());
+        assert!(at_once.is_some());
+        let mut sink = Ndjson { at_once, ..Ndjson::start("x".into(), writer) };
+        let (fill, filled) = std::sync::mpsc::channel();
+        let taken = std::thread::spawn(move || {
+            filled.recv().unwrap(); // First it is full, then it is read while lines are written.
+            let mut text = String::new();
+            io::Read::read_to_string(&mut reader, &mut text).unwrap();
+            text
+        });
+        const LINES: usize = 4000;
+        for i in 0..LINES {
+            sink.write(&event(&format!("{i} {}", "x".repeat(i % 300))));
+            sink.flush();
+            if i == LINES / 2 {
+                assert!(sink.queued.load(Ordering::Relaxed) > 0, "the pipe was never full");
+                fill.send(()).unwrap();
+            }
+        }
+        assert_eq!(sink.dropped(), 0);
+        sink.finish(Duration::from_secs(60)).await.unwrap();
+        let text = taken.join().unwrap();
+        assert_eq!(text.lines().count(), LINES);
+        for (i, line) in text.lines().enumerate() {
+            let value: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!(value["detail"], format!("{i} {}", "x".repeat(i % 300)));
         }
     }
 
