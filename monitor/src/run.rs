@@ -17,7 +17,7 @@ use crate::{
     inquiry::{Inquiry, News, Timing},
     pace::Pace,
     place::elsewhere,
-    privilege::{self, Children, Programs},
+    privilege::{self, Children, Programs, Way},
     record::{
         ClockPair, Domain, DomainName, DomainRecord, Event, EventKind, Health, Host, ProbeInfo,
         ProgramHealth, Record, SCHEMA_VERSION, Sample, Session, SourceInfo, Summary, Tick, timestamp,
@@ -166,7 +166,7 @@ impl Runner {
             required_probes(ebpf)?;
         }
         let programs = if ebpf.is_some() { Programs::Run } else { Programs::Off };
-        if let Err(error) = privilege::reduce(programs, Children::of(&config.uri)) {
+        if let Err(error) = privilege::reduce(programs, Children::of(&config.uri), Way::of(&config.uri)) {
             tracing::warn!(%error, "capabilities that are not needed any more could not be given up");
         }
         let session_probes = probe_states(ebpf.as_ref(), ebpf_reason.as_deref());

@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::setup::{self, Scope};
-use crate::{apt, ebpf, kernel, paths, process};
+use crate::{apt, ebpf, kernel, paths, process, sshd};
 
 /// Where `monitor/build.rs` looks for the BPF object.
 const OBJECT_VARIABLE: &str = "KVM_MONITOR_BPF_OBJECT";
@@ -24,6 +24,8 @@ pub(crate) struct Built {
     pub(crate) kvmex: PathBuf,
     /// Has `boot/vmlinuz-*` and `lib/modules/*`.
     pub(crate) kernel_dir: PathBuf,
+    /// Has `usr/sbin/sshd`; absent where there is none to be had.
+    pub(crate) sshd: Option<PathBuf>,
     /// Where builds go, and where results may.
     pub(crate) target_dir: PathBuf,
 }
@@ -36,6 +38,7 @@ pub(crate) fn prepare_live() -> Result<Built> {
         guest_init: guest_init()?,
         kvmex: kvmex()?,
         kernel_dir: kernel::prepare()?,
+        sshd: sshd::prepare().inspect_err(|error| eprintln!("no SSH server for its tests: {error:#}")).ok(),
         target_dir: paths::target(),
     })
 }

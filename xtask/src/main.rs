@@ -20,6 +20,7 @@ mod paths;
 mod process;
 mod report;
 mod setup;
+mod sshd;
 mod test;
 mod vm;
 

@@ -241,6 +241,7 @@ pub(crate) fn live_command(program: &TestProgram, built: &Built) -> Command {
     command.env("KVM_MONITOR_GUEST_INIT", &built.guest_init);
     command.env("KVM_MONITOR_KVMEX", &built.kvmex);
     command.env("KVM_MONITOR_LAB_KERNEL", &built.kernel_dir);
+    command.envs(built.sshd.as_ref().map(|sshd| ("KVM_MONITOR_SSHD", sshd)));
     command
 }
 

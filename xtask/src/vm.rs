@@ -328,6 +328,7 @@ impl Kept {
             guest_init: self.keep(&built.guest_init)?,
             kvmex: self.keep(&built.kvmex)?,
             kernel_dir: built.kernel_dir.clone(),
+            sshd: built.sshd.clone(),
             target_dir: built.target_dir.clone(),
         })
     }
@@ -518,8 +519,10 @@ fn environment(built: &Built, cpus: Cpus) -> String {
     let accelerator = if cpus == Cpus::TwoInTurn { "tcg" } else { "kvm" };
     let wishes = env::vars().filter(|(name, _)| name.starts_with("KVM_MONITOR_"));
     let wishes: String = wishes.map(|(name, value)| set(&name, Path::new(&value))).collect();
+    let sshd = built.sshd.as_ref().map(|dir| set("KVM_MONITOR_SSHD", dir)).unwrap_or_default();
     [
         wishes,
+        sshd,
         set("KVM_MONITOR_BIN", &built.monitor),
         set("KVM_MONITOR_GUEST_INIT", &built.guest_init),
         set("KVM_MONITOR_KVMEX", &built.kvmex),

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     inventory::{Domain, DomainState},
+    privilege,
     units::{DomainUuid, MonotonicNs, Window},
 };
 
@@ -79,7 +80,7 @@ impl Worker<'_> {
         if self.voice.duty == Duty::Count {
             self.pending = Some(self.requests.recv().map_err(|_| Dropped)?);
         }
-        match Connection::open_read_only(self.uri) {
+        match privilege::with_way(|| Connection::open_read_only(self.uri)) {
             Ok(mut connection) => {
                 connection.keep_alive();
                 if let Some(events) = &self.voice.events {
