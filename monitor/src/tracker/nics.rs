@@ -30,6 +30,8 @@ pub(super) struct Nic {
     device: Option<Device>,
     /// What the guest was given instead of a device of the host's kernel.
     function: Option<VirtualFunction>,
+    /// It was looked for.
+    sought: bool,
     /// The name the device has now.
     name: String,
     /// It had a device before: the next one starts anew.
@@ -331,9 +333,11 @@ impl Tracker {
         let (interface, nic, process) =
             (&tracked.domain.interfaces[n], &tracked.nics[n], tracked.domain.process);
         if let Some(address) = &interface.host_pci {
-            if nic.function.is_none() {
+            // A device that is no virtual function hardly becomes one.
+            if nic.function.is_none() && (!nic.sought || self.rounds.is_multiple_of(FOREIGN_ROUNDS)) {
                 let found = VirtualFunction::find(Path::new("/sys"), address);
-                self.domains[i].nics[n].function = found;
+                let nic = &mut self.domains[i].nics[n];
+                (nic.function, nic.sought) = (found, true);
             }
             return;
         }
