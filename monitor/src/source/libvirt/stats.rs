@@ -679,6 +679,55 @@ mod tests {
         assert_eq!(sda.rd_bytes, Some(54));
     }
 
+    /// Of a KVM guest with a balloon driver, huge pages and perf events, on libvirt 8.10 and later: the names are those of
+    /// virsh(1), `domstats`; numbers of a kind of their own, so that none can stand for another.
+    #[test]
+    fn what_only_some_domains_have() {
+        let stats = parse(
+            "cpu.haltpoll.success.time=1\ncpu.haltpoll.fail.time=2\nballoon.swap_in=3\nballoon.swap_out=4\n\
+             balloon.major_fault=5\nballoon.minor_fault=6\nballoon.unused=7\nballoon.available=8\nballoon.usable=9\n\
+             balloon.disk_caches=10\nballoon.hugetlb_pgalloc=11\nballoon.hugetlb_pgfail=12\nballoon.last-update=13\n\
+             vcpu.current=1\nvcpu.0.state=1\nvcpu.0.exits.sum=14\nvcpu.0.halt_poll_success_ns.sum=15\n\
+             vcpu.0.halt_poll_fail_ns.sum=16\nvcpu.0.io_exits.sum=17\nvcpu.0.guest_mode.cur=no\nvcpu.0.x.max=18\n\
+             perf.cpu_cycles=19\nperf.instructions=20\nperf.cache_references=21\nperf.cache_misses=22\nperf.cmt=23\n\
+             dirtyrate.calc_status=2\ndirtyrate.calc_start_time=24\ndirtyrate.calc_period=25\n\
+             dirtyrate.megabytes_per_second=26\ndirtyrate.calc_mode=dirty-ring\n\
+             dirtyrate.vcpu.0.megabytes_per_second=27",
+        );
+        assert_eq!((stats.haltpoll_success_ns, stats.haltpoll_fail_ns), (Some(1), Some(2)));
+        assert_eq!(
+            stats.balloon,
+            BalloonStats {
+                swap_in_bytes: Some(3 << 10),
+                swap_out_bytes: Some(4 << 10),
+                major_faults: Some(5),
+                minor_faults: Some(6),
+                unused_bytes: Some(7 << 10),
+                available_bytes: Some(8 << 10),
+                usable_bytes: Some(9 << 10),
+                disk_caches_bytes: Some(10 << 10),
+                hugetlb_pgalloc: Some(11),
+                hugetlb_pgfail: Some(12),
+                last_update_s: Some(13),
+                ..BalloonStats::NONE
+            }
+        );
+        let named = |list: &[(String, u64)]| list.iter().map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>();
+        let of_kvm = ["exits=14", "halt_poll_success_ns=15", "halt_poll_fail_ns=16", "io_exits=17"];
+        assert_eq!(named(&stats.vcpus[0].kvm), of_kvm, "what is no sum has another meaning, and is left out");
+        let events = ["cpu_cycles=19", "instructions=20", "cache_references=21", "cache_misses=22", "cmt=23"];
+        assert_eq!(named(&stats.perf), events);
+        let expected = DirtyRate {
+            bytes_per_s: Some(26 << 20),
+            measuring: false,
+            started_s: 24,
+            period_s: 25,
+            mode: Some("dirty-ring".to_owned()),
+            vcpu_bytes_per_s: [(0, 27 << 20)].into(),
+        };
+        assert_eq!(stats.dirty_rate, Some(expected));
+    }
+
     #[test]
     fn absent_is_not_zero() {
         let stats = parse("");
