@@ -301,6 +301,84 @@ fn a_guest_that_is_saved_and_restored_begins_an_epoch() {
     virsh(&["undefine", OTHER]);
 }
 
+/// A save to a disk that takes its time: it is told as a job, how far it is with it, until it ends.
+#[test]
+fn a_managed_save_is_followed_as_a_job() {
+    let stage = stage();
+    // More than fits into a pipe.
+    let spec = GuestSpec {
+        uuid: Some(OTHER_UUID.to_owned()),
+        disks: vec![DiskSpec::raw("vda", 1 << 20)],
+        memory_mib: 128,
+        ..GuestSpec::new(OTHER, "mem=32M")
+    };
+    let other = stage.lab.boot(&spec).unwrap();
+    other.wait_end(support::PATIENCE).unwrap();
+    let xml = stage.lab.virsh(&["dumpxml", OTHER]).unwrap();
+    let file = stage.lab.scratch().join("other-saved.xml");
+    std::fs::write(&file, xml).unwrap();
+    let virsh = |arguments: &[&str]| stage.lab.virsh(arguments).unwrap();
+    virsh(&["define", file.to_str().unwrap()]);
+    let mut run = stage.run(&[&["--ebpf", "off"], &QUICK[..]].concat());
+    run.wait("a sample", |r| is_sample_of(r, OTHER_UUID) && tells_of_disks(r));
+    let (halted, mut save) = loop {
+        let mut save = stage.lab.command("virsh").args(["managedsave", OTHER]).spawn().unwrap();
+        if let Some(halted) = halt_a_save(&stage.lab, &mut save) {
+            break (halted, save);
+        }
+        assert!(save.wait().unwrap().success());
+        virsh(&["start", OTHER]);
+    };
+    let is_job = |r: &Value| is_sample_of(r, OTHER_UUID) && r["job"].is_object();
+    let first = run.wait("the job", is_job);
+    assert_eq!(first["job"]["operation"], "save", "{first}");
+    let next = run.wait("the job, later", is_job);
+    let elapsed = |r: &Value| r["job"]["elapsed_ns"].as_u64().unwrap();
+    assert!(elapsed(&next) > elapsed(&first), "{first}\n{next}");
+    assert!(next["job"]["memory_remaining_bytes"].as_u64() > Some(0), "{next}");
+    // The other guest is none the worse for it.
+    run.wait("the other guest's values", |r| {
+        is_sample_of(r, UUID) && tells_of_disks(r) && r["job"].is_null()
+    });
+    drop(halted);
+    assert!(save.wait().unwrap().success());
+    run.wait("its end", |r| is_event_of(r, OTHER_UUID, "stopped"));
+    virsh(&["start", OTHER]);
+    run.wait("no job any more", |r| is_sample_of(r, OTHER_UUID) && tells_of_disks(r) && r["job"].is_null());
+    run.stop();
+    drop(other);
+    virsh(&["destroy", OTHER]);
+    virsh(&["undefine", OTHER]);
+}
+
+/// Makes a disk slow by halting the process that writes to it. `None` if that was over before.
+fn halt_a_save(lab: &Lab, save: &mut std::process::Child) -> Option<Stopped> {
+    let halted = loop {
+        if let Some(writer) = writer_of_libvirtd(lab) {
+            break Stopped::new(writer);
+        }
+        if save.try_wait().unwrap().is_some() {
+            return None;
+        }
+    };
+    let job = lab.virsh(&["domjobinfo", OTHER]).unwrap();
+    job.contains("Unbounded").then_some(halted)
+}
+
+/// The process by which libvirtd lets QEMU write to a file (`virFileWrapperFdNew()`), if there is one.
+fn writer_of_libvirtd(lab: &Lab) -> Option<u32> {
+    let daemon = format!("/proc/{}/task", lab.libvirtd_pid()?);
+    let threads = std::fs::read_dir(daemon).ok()?.flatten();
+    let children = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    let pids: Vec<u32> = children
+        .flat_map(|list| list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
+        .collect();
+    pids.into_iter().find(|pid| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.starts_with("libvirt_iohelpe")
+    })
+}
+
 /// Between two libvirtds with a host of their own each, as far as they know; the processes are this host's, so that both
 /// ends are seen.
 #[test]
