@@ -60,3 +60,20 @@ fn one(target: &str) -> Result<&'static [&'static str]> {
     let at = at.with_context(|| format!("no fuzz target `{target}`: {}", TARGETS.join(", ")))?;
     Ok(&TARGETS[at..=at])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_target_is_run() {
+        let files = fs::read_dir(paths::root().join("tests/fuzz/fuzz_targets")).unwrap();
+        let mut names: Vec<String> = files
+            .map(|file| file.unwrap().path().file_stem().unwrap().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        let mut known = TARGETS.map(str::to_owned);
+        known.sort();
+        assert_eq!(names, known);
+    }
+}
