@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::json::Object;
@@ -14,6 +14,9 @@ use crate::script::Requests;
 const ALIGN: usize = 4096;
 /// `BLKDISCARD` of linux/fs.h, `_IO(0x12, 119)`; takes offset and length.
 const BLKDISCARD: libc::c_ulong = 0x1277;
+
+/// What the kernel may take to find a disk that was plugged in.
+const HOTPLUG: Duration = Duration::from_secs(60);
 
 /// Direct writes, one request each.
 pub(crate) fn write(requests: &Requests) -> io::Result<Object> {
@@ -53,8 +56,22 @@ pub(crate) fn discard(disk: &str, offset_bytes: u64, length_bytes: u64) -> io::R
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(Object::new().raw("bytes", length_bytes)) }
 }
 
+/// There is no file of the device, or no device behind it yet.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENXIO))
+}
+
+/// A disk that was plugged in a moment ago is waited for.
 fn open(disk: &str, options: &OpenOptions) -> io::Result<File> {
-    options.open(format!("/dev/{disk}"))
+    let start = Instant::now();
+    loop {
+        match options.open(format!("/dev/{disk}")) {
+            Err(error) if is_absent(&error) && start.elapsed() < HOTPLUG => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            opened => return opened,
+        }
+    }
 }
 
 fn timed(requests: &Requests, mut one: impl FnMut(&mut [u8]) -> io::Result<()>) -> io::Result<Object> {
