@@ -405,6 +405,17 @@ fn disk_of<'a>(sample: &'a Value, target: &str) -> Option<&'a Value> {
     sample["disks"].as_array()?.iter().find(|disk| disk["target"] == target)
 }
 
+/// Holds what the stream says of the image below an overlay against the image itself and the domain's XML.
+fn check_image_below(stage: &Changing, told: &Value, image: &str) {
+    println!("{told}");
+    assert_eq!(told.as_array().unwrap().len(), 1, "{told}");
+    let size = std::fs::metadata(image).unwrap().len();
+    assert_eq!((&told[0]["path"], &told[0]["physical_bytes"]), (&json!(image), &json!(size)));
+    assert_eq!(told[0]["capacity_bytes"], SIZE);
+    let xml = stage.lab.virsh(&["dumpxml", "changing"]).unwrap();
+    assert!(xml.contains(&format!("<backingStore type='file' index='{}'>", told[0]["index"])), "{xml}");
+}
+
 /// Snapshot, commit, hotplug, unplug.
 fn follow_changes() -> Changing {
     let mut stage = Changing::start(CHANGES);
@@ -413,12 +424,15 @@ fn follow_changes() -> Changing {
     stage.wait_writes("vda", |writes| writes == 10);
     stage.virsh(&["snapshot-create-as", "changing", "snap", "--disk-only", "--no-metadata", "--atomic"]);
     assert_eq!(stage.wait_source(&overlay), "vda");
+    let disk = stage.wait_disk("vda", |disk| disk["backing"].is_array());
+    check_image_below(&stage, &disk["backing"], &raw);
     let before = stage.wait_writes("vda", |_| true);
     stage.write();
     // qcow2's own writes come on top.
     stage.wait_writes("vda", |writes| writes >= before + 20);
     stage.virsh(&["blockcommit", "changing", "vda", "--active", "--pivot", "--wait"]);
     assert_eq!(stage.wait_source(&raw), "vda");
+    stage.wait_disk("vda", |disk| disk["capacity_bytes"]["libvirt"].is_u64() && disk["backing"].is_null());
     let before = stage.wait_writes("vda", |_| true);
     stage.write();
     stage.wait_writes("vda", |writes| writes == before + 30);

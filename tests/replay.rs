@@ -20,8 +20,8 @@ use monitor::{
         timestamp,
     },
     sample::{
-        CulpritKind, DiskDetail, DomainSample, InterfaceDetail, Layers, PreemptedBy, QueueDetail, ReadClass,
-        Values, VcpuDetail,
+        BackingImage, CulpritKind, DiskDetail, DomainSample, InterfaceDetail, Layers, PreemptedBy,
+        QueueDetail, ReadClass, Values, VcpuDetail,
     },
     source::{
         ebpf::{ExitReason, ExitReasons},
@@ -332,6 +332,18 @@ fn libvirt_detail(sample: &mut DomainSample, ticks: u64) {
     });
 }
 
+/// A file and an image on the network below the one on top.
+fn backing() -> Vec<BackingImage> {
+    let file = BackingImage {
+        index: Some(3),
+        path: Some("/vm/base.qcow2".to_owned()),
+        capacity_bytes: Some(1 << 30),
+        allocation_bytes: Some(200_704),
+        physical_bytes: Some(262_144),
+    };
+    vec![file, BackingImage { index: Some(5), ..BackingImage::default() }]
+}
+
 /// Latencies come as often as the histograms of vCPUs; errors stay.
 fn disk_detail(ticks: u64) -> DiskDetail {
     let histogram = |buckets: &[[u64; 3]]| (ticks % 2 == 1).then(|| buckets.to_vec());
@@ -349,6 +361,7 @@ fn disk_detail(ticks: u64) -> DiskDetail {
             wr_qemu_ns: Some(0),
             fl_qemu_ns: None,
         }),
+        backing: if ticks % 2 == 1 { backing() } else { Vec::new() },
         errors: vec![(0, 1), (5, 2), (28, 3), (131, 4)],
     }
 }
@@ -482,7 +495,9 @@ fn check_order(line: &str) {
         let end = next.filter(|n| *n > at).min().unwrap_or(line.len());
         for entity in line[at..end].split("},{\"") {
             let names: Vec<&str> = scope.metrics().iter().map(|def| def.name).collect();
-            let keys = entity.split('"').filter(|word| names.contains(word)).map(|name| places[name]);
+            // Images below a disk's have some of its keys once more.
+            let own = entity.split(r#""backing""#).next().unwrap();
+            let keys = own.split('"').filter(|word| names.contains(word)).map(|name| places[name]);
             let keys: Vec<usize> = keys.collect();
             assert!(keys.is_sorted(), "{entity}");
         }

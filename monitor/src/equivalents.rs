@@ -82,6 +82,17 @@ const FIELDS: &[(&str, &str, &str)] = &[
         "kvm_stats.NAME",
         "What KVM counts for the vCPU since it was made, by the kernel's name (exits, halt_exits, halt_attempted_poll, io_exits, …). libvirt: vcpu.N.NAME.sum (8.10).",
     ),
+    (
+        "disks",
+        "backing",
+        "Of each image below the one on top, and of the target of a copy that is under way: index, path, capacity_bytes, allocation_bytes, physical_bytes. libvirt: block.N.backingIndex and so on, with the layers.",
+    ),
+    (
+        "disks",
+        "layers",
+        "Between two reads of what QEMU knows: write_amplification (bytes of the device over bytes of the guest), rd_qemu_ns, wr_qemu_ns, fl_qemu_ns (time of the guest's requests outside QEMU's I/O on the host: throttling by QEMU). ebpf and libvirt.",
+    ),
+    ("disks", "errors.NAME", "Failed requests of QEMU on the disk's images by error number. ebpf."),
     ("memory", "used_bytes", "Memory in use by the guest, and used_by: by which definition."),
     (
         "memory",

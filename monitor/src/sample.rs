@@ -300,6 +300,28 @@ pub struct DiskDetail {
     pub errors: Vec<(u32, u64)>,
     /// The layers against each other, between two reads of what QEMU knows.
     pub layers: Option<Layers>,
+    /// Images below the one on top, and the target of a copy that is under way, as libvirt numbers them; told with the layers.
+    pub backing: Vec<BackingImage>,
+}
+
+/// Another image of a disk than the one on top, by libvirt.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
+pub struct BackingImage {
+    /// `block.N.backingIndex`: its number in the domain's XML (`<backingStore index=…>`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub index: Option<u64>,
+    /// `block.N.path`; absent if it is no file or device of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// `block.N.capacity`: its size as a disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub capacity_bytes: Option<u64>,
+    /// `block.N.allocation`: highest byte in use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allocation_bytes: Option<u64>,
+    /// `block.N.physical`: size of the file or device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub physical_bytes: Option<u64>,
 }
 
 /// The guest's requests on a disk against those of QEMU and of the host's device, over the time between two reads of

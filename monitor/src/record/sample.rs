@@ -455,6 +455,9 @@ fn write_disk_detail(to: &mut Object<'_>, detail: &DiskDetail) {
         to.value("device_reason", reason);
     }
     to.some("layers", detail.layers.as_ref());
+    if !detail.backing.is_empty() {
+        to.value("backing", &detail.backing);
+    }
     if !detail.errors.is_empty() {
         let named: BTreeMap<_, _> = detail.errors.iter().map(|(errno, n)| (errno_name(*errno), n)).collect();
         to.value("errors", &named);

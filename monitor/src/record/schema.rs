@@ -240,6 +240,7 @@ pub(super) fn disks(generator: &mut SchemaGenerator) -> Schema {
             }),
         ),
         ("layers", generator.subschema_for::<crate::sample::Layers>()),
+        ("backing", generator.subschema_for::<Vec<crate::sample::BackingImage>>()),
         (
             "errors",
             json_schema!({

@@ -13,7 +13,9 @@ use crate::{
     ledger::{Ledger, Parts, new_in_histogram},
     metric::{Metric, Scope},
     record::Subject,
-    sample::{CulpritKind, DiskDetail, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail},
+    sample::{
+        BackingImage, CulpritKind, DiskDetail, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail,
+    },
     source::{
         ebpf::{
             Culprit, Ebpf, GroupSlot, Histograms, ImageSlot, KIND_IDLE, KIND_IRQ, KIND_KERNEL, KIND_PROCESS,
@@ -506,6 +508,7 @@ impl Tracked {
             }
         }
         for (i, disk) in self.domain.disks.iter().enumerate() {
+            self.sample.disk_details[i].backing = backing_of(&disk.target, &stats.blocks);
             self.sample.disk_details[i].layers = self.layers.compare(&disk.target, &self.sample.disks[i]);
         }
         put_memory(&mut self.sample.memory, &stats.balloon);
@@ -687,6 +690,18 @@ fn put_disk(values: &mut Values, stats: &BlockStats) {
     values.put_some(LIBVIRT, Metric::DiskCapacity, stats.capacity_bytes.map(Bytes));
     values.put_some(LIBVIRT, Metric::DiskAllocation, stats.allocation_bytes.map(Bytes));
     values.put_some(LIBVIRT, Metric::DiskPhysical, stats.physical_bytes.map(Bytes));
+}
+
+/// The images of a disk but the one on top.
+fn backing_of(target: &str, images: &[BlockStats]) -> Vec<BackingImage> {
+    let image = |of: &BlockStats| BackingImage {
+        index: of.backing_index,
+        path: of.path.clone(),
+        capacity_bytes: of.capacity_bytes,
+        allocation_bytes: of.allocation_bytes,
+        physical_bytes: of.physical_bytes,
+    };
+    images.iter().filter(|image| image.target == target).skip(1).map(image).collect()
 }
 
 fn put_memory(values: &mut Values, stats: &BalloonStats) {

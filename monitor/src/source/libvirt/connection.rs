@@ -183,8 +183,9 @@ impl Connection {
 
     /// All active domains, transient and persistent; a domain that is busy with a job is not waited for.
     pub(super) fn all_domain_stats(&self, groups: Groups) -> Result<Records<'_>, LibvirtError> {
-        const FLAGS: u32 =
-            sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT;
+        const FLAGS: u32 = sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
+            | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
+            | sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_BACKING;
         let mut list = ptr::null_mut();
         // SAFETY: `raw` is an open connection; `list` receives an array that `Records` frees.
         let count = unsafe { sys::virConnectGetAllDomainStats(self.raw, groups.0, &raw mut list, FLAGS) };

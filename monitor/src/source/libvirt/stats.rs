@@ -185,12 +185,13 @@ pub struct InterfaceStats {
     pub tx_drop: Option<u64>,
 }
 
-/// One disk: requests as the guest made them.
+/// One image of a disk. The one on top comes first and has the requests as the guest made them; those below it, and the
+/// target of a copy that is under way, have sizes only.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BlockStats {
     /// `block.N.name`: the guest's target (`vda`).
     pub target: String,
-    /// `block.N.path`: the image on top; absent for network disks and empty drives.
+    /// `block.N.path`: the image; absent for network disks and empty drives.
     pub path: Option<String>,
     /// `block.N.backingIndex`: number of that image in the chain (`<source index=…>`); absent without a medium.
     pub backing_index: Option<u64>,
