@@ -16,7 +16,7 @@ const ALIGN: usize = 4096;
 const BLKDISCARD: libc::c_ulong = 0x1277;
 
 /// What the kernel may take to find a disk that was plugged in.
-const HOTPLUG: Duration = Duration::from_secs(60);
+const HOTPLUG: Duration = Duration::from_secs(20);
 
 /// Direct writes, one request each.
 pub(crate) fn write(requests: &Requests) -> io::Result<Object> {
