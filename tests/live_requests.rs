@@ -207,6 +207,8 @@ fn counted_here(image: &Image) -> Traffic {
 /// On a device that nobody else uses, what is charged to the image is what the device did.
 #[test]
 fn the_share_of_a_quiet_device_is_all_that_it_did() {
+    /// Of 3000.
+    const MOST_UNSEEN: u64 = 3;
     let stage = Stage::new("requests");
     let fio = |options: &str, on: &Path| {
         Fio::prepare(&format!("{options} --bs=4k --size=32m --number_ios=3000 --iodepth=8"), on)
@@ -255,12 +257,19 @@ fn the_share_of_a_quiet_device_is_all_that_it_did() {
         let asked = total_ios(&fio.go());
         let after = counted_by_device(below);
         let counted = ebpf.image(&slot).unwrap();
-        let here = counted_here(&counted.below.unwrap_or(counted.image));
+        let counted = counted.below.unwrap_or(counted.image);
+        let here = counted_here(&counted);
         let device: Traffic = std::array::from_fn(|at| after[at] - before[at]);
-        println!("{what}: asked for {asked}, the device did {device:?}, here {here:?}");
+        // Where no program runs beside some of the host's threads, the end of a request that interrupts one is not seen. Then it
+        // is told as in flight still or, once another begins in its place, as one whose end was not seen.
+        let unseen = counted.in_flight() + counted.unseen;
+        println!(
+            "{what}: asked for {asked}, the device did {device:?}, here {here:?}, {unseen} not seen to end"
+        );
         assert!(device[1] > 0, "{what}: nothing was compared");
-        assert_eq!(here, device, "{what}");
-        assert_eq!(counted.below.map_or(0, |below| below.in_flight()), 0, "{what}");
+        assert_eq!(here[0] + here[2] + unseen, device[0] + device[2], "{what}: requests");
+        assert_eq!(here[1] + here[3] + unseen * 4096, device[1] + device[3], "{what}: bytes");
+        assert!(unseen <= MOST_UNSEEN, "{what}: {unseen} not seen to end");
     }
 }
 
