@@ -1,9 +1,11 @@
 //! Installing Debian packages: no prompt, no service started, nothing removed.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
 use crate::process;
 
@@ -50,8 +52,7 @@ pub(crate) enum Conflicts {
 
 /// Installs the packages, after refreshing the package lists once.
 pub(crate) fn install(packages: &[&str], conflicts: Conflicts) -> Result<()> {
-    usable()?;
-    update();
+    refresh_lists()?;
     let in_the_way = in_the_way(packages);
     if let (Conflicts::Keep, Some(package)) = (conflicts, in_the_way.first()) {
         bail!(
@@ -68,6 +69,39 @@ pub(crate) fn install(packages: &[&str], conflicts: Conflicts) -> Result<()> {
         command.arg("--allow-downgrades");
     }
     process::run_tailed(command.arg("install").args(packages).args(&replaced))
+}
+
+/// Downloads packages and unpacks them into a new directory, all of it or nothing; nothing is installed. `complete` finishes
+/// what was unpacked and judges it, before it gets its place.
+pub(crate) fn unpack(
+    packages: &[&str],
+    dir: &Path,
+    complete: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let partial = dir.with_file_name(format!(".partial-{}", std::process::id()));
+    fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
+    let result = download(packages, &partial)
+        .and_then(|()| complete(&partial))
+        .and_then(|()| fs::rename(&partial, dir).with_context(|| format!("cannot create {}", dir.display())));
+    if result.is_err() {
+        fs::remove_dir_all(&partial).ok();
+    }
+    result
+}
+
+fn download(packages: &[&str], into: &Path) -> Result<()> {
+    // Without the sandbox user, who may not write into this directory, apt has nothing to warn about.
+    let options = ["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3", "download"];
+    process::run_tailed(Command::new("apt-get").args(options).args(packages).current_dir(into))?;
+    let files: Vec<_> = fs::read_dir(into)?.flatten().map(|entry| entry.path()).collect();
+    let is_package = |file: &&PathBuf| file.extension().is_some_and(|extension| extension == "deb");
+    let debs: Vec<_> = files.iter().filter(is_package).collect();
+    ensure!(!debs.is_empty(), "apt-get download {} left no file", packages.join(" "));
+    for deb in debs {
+        process::run_tailed(Command::new("dpkg").arg("-x").arg(deb).arg(into))?;
+        fs::remove_file(deb)?;
+    }
+    Ok(())
 }
 
 /// Installed packages that apt would remove for the sake of these.
@@ -91,8 +125,15 @@ fn release_version(package: &str) -> Result<String> {
     Ok(format!("{package}={newest}"))
 }
 
+/// Refreshes the package lists, where that is allowed.
+pub(crate) fn refresh_lists() -> Result<()> {
+    usable()?;
+    update();
+    Ok(())
+}
+
 /// Refreshes the package lists, once per run. A failure is shown and left to the install to judge.
-pub(crate) fn update() {
+fn update() {
     static DONE: OnceLock<()> = OnceLock::new();
     DONE.get_or_init(|| {
         eprintln!("refreshing the package lists");

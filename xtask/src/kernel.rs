@@ -89,21 +89,15 @@ fn fetch(series: &str) -> Result<PathBuf> {
         Some(version) => version,
         // Without package lists there is no candidate either.
         None => {
-            refresh_lists()?;
+            apt::refresh_lists()?;
             newest(self::candidates()?, series).context("apt knows no linux-image-*-cloud-amd64 package")?
         }
     };
     unpack(&version).or_else(|error| {
         // Old lists name packages that are gone from the archive.
-        refresh_lists().with_context(|| format!("{error:#}"))?;
+        apt::refresh_lists().with_context(|| format!("{error:#}"))?;
         unpack(&newest(self::candidates()?, series).unwrap_or(version))
     })
-}
-
-fn refresh_lists() -> Result<()> {
-    apt::usable()?;
-    apt::update();
-    Ok(())
 }
 
 /// Versions that apt offers, such as `6.1.0-56-cloud-amd64`.
@@ -119,35 +113,18 @@ fn candidates() -> Result<Vec<String>> {
 
 fn unpack(version: &str) -> Result<PathBuf> {
     let dir = cache().join(version);
-    let partial = cache().join(format!(".partial-{}", std::process::id()));
-    fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
     eprintln!("fetching guest kernel {version} into {}", dir.display());
-    let result = download(version, &partial).and_then(|()| {
-        ensure!(is_kernel(&partial), "the package of {version} has no kernel or no modules");
-        fs::rename(&partial, &dir).with_context(|| format!("cannot create {}", dir.display()))
-    });
-    if result.is_err() {
-        fs::remove_dir_all(&partial).ok();
-    }
-    result.map(|()| dir)
-}
-
-fn download(version: &str, into: &Path) -> Result<()> {
-    let package = format!("linux-image-{version}");
-    // Without the sandbox user, who may not write into this directory, apt has nothing to warn about.
-    let options = ["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3", "download"];
-    process::run_tailed(Command::new("apt-get").args(options).arg(&package).current_dir(into))?;
-    let files = fs::read_dir(into)?.flatten().map(|entry| entry.path());
-    let deb = files.into_iter().find(|file| file.extension().is_some_and(|extension| extension == "deb"));
-    let deb = deb.with_context(|| format!("apt-get download {package} left no file"))?;
-    process::run_tailed(Command::new("dpkg").arg("-x").arg(&deb).arg(into))?;
-    fs::remove_file(&deb)?;
-    if !into.join("lib").exists() {
-        symlink("usr/lib", into.join("lib"))?;
-    }
-    // The dependencies between modules are made at installation, which does not happen.
-    let depmod = process::find_program("depmod").context("no depmod here (package kmod)")?;
-    process::run_tailed(Command::new(depmod).arg("-b").arg(into).arg(version))
+    apt::unpack(&[&format!("linux-image-{version}")], &dir, |unpacked| {
+        if !unpacked.join("lib").exists() {
+            symlink("usr/lib", unpacked.join("lib"))?;
+        }
+        // The dependencies between modules are made at installation, which does not happen.
+        let depmod = process::find_program("depmod").context("no depmod here (package kmod)")?;
+        process::run_tailed(Command::new(depmod).arg("-b").arg(unpacked).arg(version))?;
+        ensure!(is_kernel(unpacked), "the package of {version} has no kernel or no modules");
+        Ok(())
+    })?;
+    Ok(dir)
 }
 
 /// A kernel of this host, as links in the same layout.

@@ -3,9 +3,7 @@
 //!
 //! The directory has `usr/sbin/sshd`, and the libraries that it alone needs below `usr/lib` or `lib`.
 
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -23,39 +21,21 @@ pub(crate) fn prepare() -> Result<PathBuf> {
     for tool in ["apt-get", "dpkg"] {
         process::find_program(tool).with_context(|| format!("no sshd, and no {tool} here"))?;
     }
-    let partial = paths::cache().join(format!(".sshd-{}", std::process::id()));
-    fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
     eprintln!("fetching an SSH server into {}", cached.display());
+    let unpack = || {
+        apt::unpack(&PACKAGES, &cached, |unpacked| {
+            ensure!(has_server(unpacked), "the package openssh-server has no sshd");
+            Ok(())
+        })
+    };
     // Old lists name packages that are gone from the archive.
-    let unpacked = unpack(&partial).or_else(|_| {
-        apt::usable()?;
-        apt::update();
-        unpack(&partial)
-    });
-    let result = unpacked.and_then(|()| {
-        ensure!(has_server(&partial), "the package openssh-server has no sshd");
-        fs::rename(&partial, &cached).with_context(|| format!("cannot create {}", cached.display()))
-    });
-    if result.is_err() {
-        fs::remove_dir_all(&partial).ok();
-    }
-    result.map(|()| cached)
+    unpack().or_else(|_| {
+        apt::refresh_lists()?;
+        unpack()
+    })?;
+    Ok(cached)
 }
 
 fn has_server(dir: &Path) -> bool {
     dir.join("usr/sbin/sshd").is_file()
-}
-
-fn unpack(into: &Path) -> Result<()> {
-    // Without the sandbox user, who may not write into this directory, apt has nothing to warn about.
-    let options = ["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3", "download"];
-    process::run_tailed(Command::new("apt-get").args(options).args(PACKAGES).current_dir(into))?;
-    for entry in fs::read_dir(into)?.flatten() {
-        let file = entry.path();
-        if file.extension().is_some_and(|extension| extension == "deb") {
-            process::run_tailed(Command::new("dpkg").arg("-x").arg(&file).arg(into))?;
-            fs::remove_file(&file)?;
-        }
-    }
-    Ok(())
 }
