@@ -134,7 +134,7 @@ pub const LOG: usize = 7;
 
 /// A run that ended, and the wait before it. Longer ones than four seconds are not remembered but counted at once.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Logged {
     /// Length of the run, nanoseconds.
     pub run_ns: u32,
