@@ -66,8 +66,9 @@ mod tests {
     #[tokio::test]
     async fn moments_that_nobody_waited_for_are_counted() {
         let distance = Duration::from_millis(2);
-        let mut pace = Pace::start(distance).unwrap();
+        // Before it starts: else a pause between the two is missing from the time.
         let begin = std::time::Instant::now();
+        let mut pace = Pace::start(distance).unwrap();
         let mut moments = 0;
         for _ in 0..20 {
             moments += 1 + pace.next().await;
