@@ -24,8 +24,9 @@ pub const MARKS_PER_WORD: u32 = 32;
 pub const THREADS: u32 = 8_192;
 /// Followed threads that may share a place in [`Filter`].
 pub const CHAIN: u32 = 8;
-/// Threads that one run of the `read_threads` program reads; its arguments are `[first slot]`.
-pub const READ_BATCH: u32 = 64;
+/// Threads or processes that one run of a reading program reads, which takes some 0.1 ms: nothing else runs on its CPU
+/// meanwhile where the kernel does not preempt itself. Its arguments are `[first slot]`.
+pub const READ_BATCH: u32 = 256;
 
 /// What every switch of the host looks at, and where it finds the followed threads: in one map, because each look-up costs.
 #[repr(C)]

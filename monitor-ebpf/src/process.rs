@@ -52,9 +52,11 @@ pub(crate) fn note_process(tgid: u32, task: Address) {
     if let Some(process) = followed_process(tgid)
         && process.task == 0
     {
-        let signal: Option<u64> = probe(task as u64, offset(&LAYOUT.task_signal));
-        let earlier = signal.and_then(|signal| probe(signal, offset(&LAYOUT.signal_sum_sched_runtime)));
+        // SAFETY: the caller's task is a pointer the verifier trusts.
+        let signal: u64 = unsafe { load(task, offset(&LAYOUT.task_signal)) };
+        let earlier = probe(signal, offset(&LAYOUT.signal_sum_sched_runtime));
         set(&mut process.earlier_ns, earlier.unwrap_or(0));
+        set(&mut process.threads, signal + u64::from(offset(&LAYOUT.signal_thread_head)));
         // SAFETY: the caller's task is a pointer the verifier trusts.
         set(&mut process.start_boottime_ns, unsafe { load(task, offset(&LAYOUT.task_start_boottime)) });
         set(&mut process.task, task as u64);
@@ -185,20 +187,18 @@ extern "C" fn read_one(i: u64, batch: &mut Batch) -> u64 {
 #[inline(always)]
 fn is(process: &Process) -> bool {
     process.task != 0
-        && probe(process.task, offset(&LAYOUT.task_tgid)) == Some(process.tgid)
         && probe(process.task, offset(&LAYOUT.task_start_boottime)) == Some(process.start_boottime_ns)
 }
 
 /// One walk over the threads; `None` if one ended meanwhile or a figure could not be read.
 #[inline(always)]
 fn read(process: &Process, reading: &mut ProcessReading, now: u64) -> Option<u32> {
-    let signal: u64 = probe(process.task, offset(&LAYOUT.task_signal))?;
     let ending = get(&process.ending);
     // One that had begun to end when the process began to be followed only counts as ended.
     if get(&process.ended) < ending {
         return None;
     }
-    let head = signal + u64::from(offset(&LAYOUT.signal_thread_head));
+    let head = process.threads;
     let [a, b, c, d, e] = &process.ended_ns;
     let mut walk = Walk {
         now,

@@ -603,7 +603,7 @@ fn read_group(group: &mut Group, now: &mut Now) {
         let (members, both_ns, changed) = (get(&group.members), get(&group.both_ns), get(&group.changed_ns));
         if changed > now.sched {
             // A member was switched since the clock was read.
-            now.refresh();
+            now.refresh(changed);
         }
         let at = if Group::both(members) { both_ns.wrapping_add(now.sched) } else { both_ns };
         // An addition that is under way on another CPU leaves a number that cannot be: below 0, or not below the clock, which
@@ -637,12 +637,14 @@ struct Now {
 
 impl Now {
     /// Reads the clock again, for a thread that did something after it was read: as of the moment before, its figures are not
-    /// known any more.
+    /// known any more. The scheduler's clock has come as far as what the thread did, even where the difference that was
+    /// measured, which is some microseconds too small at times, says less.
     #[inline(always)]
-    fn refresh(&mut self) {
+    fn refresh(&mut self, did: u64) {
         // SAFETY: plain helper call.
         self.mono = unsafe { bpf_ktime_get_ns() };
-        self.sched = scheduler_clock(self.mono).unwrap_or(self.sched);
+        let sched = scheduler_clock(self.mono).unwrap_or(self.sched);
+        self.sched = if did > sched { did } else { sched };
     }
 }
 
@@ -666,7 +668,7 @@ fn read_thread(thread: &Thread, reading: &mut Reading, now: &mut Now) {
             continue;
         }
         if latest > now.sched {
-            now.refresh();
+            now.refresh(latest);
             continue;
         }
         reading.status = status;
@@ -683,37 +685,50 @@ const ATTEMPTS: u32 = 4;
 /// figures could not be read or changed meanwhile.
 #[inline(always)]
 fn read_once(thread: &Thread, reading: &mut Reading, sched: u64) -> Option<(u32, u64)> {
-    let slept = u32::from(get(&thread.state) == STATE_SLEEPING);
+    let state = get(&thread.state);
     reading.preemptions = get(&thread.preemptions);
     reading.yields = get(&thread.yields);
     // Each time that it went to sleep it was woken up and ran, but for the last time.
-    reading.wakeups = reading.yields.wrapping_sub(slept);
+    reading.wakeups = reading.yields.wrapping_sub(u32::from(state == STATE_SLEEPING));
     reading.migrations = get(&thread.migrations);
     reading.node_migrations = get(&thread.node_migrations);
     reading.throttled_ns = get(&thread.throttled_ns);
     reading.on_cpu_ns = get(&thread.on_cpu_ns);
-    reading.open_run_ns = 0;
-    reading.open_wait_ns = 0;
-    if get(&thread.state) == STATE_ENDED || probe(thread.task, offset(&LAYOUT.task_pid)) != Some(thread.tid) {
-        reading.run_ns = get(&thread.run_ns);
-        reading.wait_ns = get(&thread.wait_ns);
-        reading.doing = NOW_SLEEPING;
-        return Some((READ_LAST, get(&thread.since_ns)));
+    // One by one: of two together the compiler makes a loop over their bytes.
+    set(&mut reading.open_run_ns, 0);
+    set(&mut reading.open_wait_ns, 0);
+    reading.run_ns = get(&thread.run_ns);
+    reading.wait_ns = get(&thread.wait_ns);
+    reading.doing = NOW_SLEEPING;
+    let since = get(&thread.since_ns);
+    if state == STATE_ENDED {
+        return Some((READ_LAST, since));
     }
-    Some((READ_LIVE, read_live(thread, reading, sched)?))
+    let info = sched_info(thread.task);
+    if state == STATE_SLEEPING
+        && let Some(Info { arrived, queued: 0 }) = info
+        && arrived <= since
+    {
+        // Most threads: nothing happened to it since it fell asleep, and no more of its `task_struct` need be looked at. That
+        // it ended would have been seen.
+        return Some((READ_LIVE, since));
+    }
+    if probe(thread.task, offset(&LAYOUT.task_pid)) != Some(thread.tid) {
+        return Some((READ_LAST, since));
+    }
+    Some((READ_LIVE, read_live(thread, reading, info?, sched)?))
 }
 
 /// `None` if the figures could not be read or changed meanwhile; else the scheduler's clock at the last of what the thread
 /// did, nanoseconds.
 #[inline(always)]
-fn read_live(thread: &Thread, reading: &mut Reading, now: u64) -> Option<u64> {
+fn read_live(thread: &Thread, reading: &mut Reading, info: Info, now: u64) -> Option<u64> {
     let task = thread.task;
     let (state, since) = (get(&thread.state), get(&thread.since_ns));
     let run: u64 = probe(task, offset(&LAYOUT.task_sum_exec_runtime))?;
-    let info = sched_info(task)?;
-    let Info { wait, arrived, queued } = info;
+    let wait: u64 = probe(task, offset(&LAYOUT.task_run_delay))?;
+    let Info { arrived, queued } = info;
     let mut latest = since;
-    reading.doing = NOW_SLEEPING;
     if queued != 0 {
         // sched_info_enqueue() stamps last_queued, sched_info_arrive() adds to run_delay and clears it.
         latest = if queued > since { queued } else { since };
@@ -751,28 +766,20 @@ fn read_live(thread: &Thread, reading: &mut Reading, now: u64) -> Option<u64> {
     (sched_info(task)? == info).then_some(latest)
 }
 
-/// Of `task_struct.sched_info`, all nanoseconds.
+/// Of `task_struct.sched_info`, nanoseconds: what changes whenever the thread begins or stops to wait.
+#[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Info {
-    /// `run_delay`.
-    wait: u64,
     /// `last_arrival`.
     arrived: u64,
-    /// `last_queued`.
+    /// `last_queued`; 0 while it does not wait.
     queued: u64,
 }
 
-/// All of it at once: each call of the helper costs as much as the rest of a reading.
+/// Both at once: a call of the helper costs as much as the rest of a reading, and they mostly lie in one cache line.
 #[inline(always)]
 fn sched_info(task: u64) -> Option<Info> {
-    let first = offset(&LAYOUT.task_run_delay);
-    let words: [u64; 8] = probe(task, first)?;
-    let word = |of: &u32| words.get(offset(of).wrapping_sub(first) as usize / 8).copied();
-    Some(Info {
-        wait: words[0],
-        arrived: word(&LAYOUT.task_last_arrival)?,
-        queued: word(&LAYOUT.task_last_queued)?,
-    })
+    probe(task, offset(&LAYOUT.task_last_arrival))
 }
 
 /// Whether a thread that does not wait is on a CPU: it has got one since it left its last. One that was not seen to leave

@@ -206,14 +206,14 @@ fn reading() {
     let followed: Vec<ProcessSlot> =
         processes.iter().map(|child| ebpf.follow_process(Tgid(child.id())).unwrap()).collect();
     ebpf.seed().unwrap();
-    let mut times = Vec::new();
+    let (mut times, mut least) = (Vec::new(), (400, 100));
     for _ in 0..200 {
         let begin = Instant::now();
         ebpf.read().unwrap();
         let threads = slots.iter().filter_map(|slot| ebpf.times(slot)).count();
         let read = followed.iter().filter(|slot| matches!(ebpf.process_times(slot), Some(Ok(_)))).count();
         times.push(begin.elapsed().as_nanos() as f64 / 1e3);
-        assert_eq!((threads, read), (400, 100), "not all of them could be read");
+        least = least.min((threads, read));
         std::thread::sleep(Duration::from_millis(5));
     }
     println!("\n100 domains with 4 vCPUs, 4 vCPU threads and 1 process of 1 thread read for each");
@@ -224,6 +224,7 @@ fn reading() {
         let _ = child.kill();
         let _ = child.wait();
     }
+    assert_eq!(least, (400, 100), "not all of them could be read each time");
 }
 
 /// Memory of the maps that this process holds, as the kernel charges it.

@@ -55,7 +55,7 @@ pub const fn begins<const N: usize>(comm: &[u8; 16], with: &[u8; N]) -> bool {
 
 /// A followed process, in the slot that user space gave it.
 ///
-/// `tgid` is written by user space, `task` and `start_boottime_ns` by `seed_threads`; the rest counts threads of it
+/// `tgid` is written by user space, `task`, `threads` and `start_boottime_ns` by `seed_threads`; the rest counts threads of it
 /// that ended since it is followed.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,9 +64,11 @@ pub struct Process {
     pub tgid: u32,
     /// Not 0 from the moment a thread of it came, ended or got another name until user space has taken note.
     pub changed: u32,
-    /// Address of the `task_struct` of its first thread, 0 until it was seen; believed only while its `tgid` and
-    /// `start_boottime` are these.
+    /// Address of the `task_struct` of its first thread, 0 until it was seen; believed only while its `start_boottime`, which
+    /// no two threads share, is this.
     pub task: u64,
+    /// Address of its `signal_struct.thread_head`, the list of its threads: the same as long as it lives.
+    pub threads: u64,
     /// `task_struct.start_boottime` of that thread, nanoseconds.
     pub start_boottime_ns: u64,
     /// CPU time of threads that ended before it was followed, nanoseconds (`signal->sum_sched_runtime`).
@@ -85,6 +87,7 @@ impl Process {
         tgid: 0,
         changed: 0,
         task: 0,
+        threads: 0,
         start_boottime_ns: 0,
         earlier_ns: 0,
         ended_ns: [0; CLASSES],
@@ -148,7 +151,7 @@ pub const CHANGE_END: u32 = 3;
 /// at everything that changed when it looks.
 pub const CHANGES_BYTES: u32 = 16 * 1024;
 
-const _: () = assert!(size_of::<Process>() == 88 && size_of::<ProcessReading>() == 64);
+const _: () = assert!(size_of::<Process>() == 96 && size_of::<ProcessReading>() == 64);
 
 #[cfg(test)]
 mod tests {

@@ -55,17 +55,13 @@ pub fn sched(btf: &Btf) -> Result<Layout, LayoutError> {
         Err(LayoutError::NoField { .. }) => at("task_struct", "cpu")?,
         found => found?,
     };
-    let [run_delay, arrival, queued] = [
-        at("task_struct", "sched_info.run_delay")?,
-        at("task_struct", "sched_info.last_arrival")?,
-        at("task_struct", "sched_info.last_queued")?,
-    ];
-    // The reading program takes all three at once.
-    let near = run_delay..run_delay + 64;
-    if !near.contains(&arrival) || !near.contains(&queued) {
+    let (arrival, queued) =
+        (at("task_struct", "sched_info.last_arrival")?, at("task_struct", "sched_info.last_queued")?);
+    // The reading program takes both at once.
+    if queued != arrival + 8 {
         return Err(LayoutError::NoField {
             structure: "sched_info",
-            field: "last_arrival and last_queued after run_delay",
+            field: "last_queued after last_arrival",
         });
     }
     Ok(Layout {
@@ -76,7 +72,7 @@ pub fn sched(btf: &Btf) -> Result<Layout, LayoutError> {
         task_sum_exec_runtime: at("task_struct", "se.sum_exec_runtime")?,
         task_exec_start: at("task_struct", "se.exec_start")?,
         task_cfs_rq: at("task_struct", "se.cfs_rq")?,
-        task_run_delay: run_delay,
+        task_run_delay: at("task_struct", "sched_info.run_delay")?,
         task_last_queued: queued,
         task_last_arrival: arrival,
         task_tgid: at("task_struct", "tgid")?,
