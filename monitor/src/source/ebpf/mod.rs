@@ -107,9 +107,6 @@ pub enum EbpfError {
         #[source]
         source: io::Error,
     },
-    /// Reading the threads failed.
-    #[error("cannot run a reading program: {0}")]
-    Read(String),
     /// Every group lacks something; the first of the reasons.
     #[error("the kernel refused the probes: {0}")]
     Refused(String),
@@ -694,6 +691,13 @@ fn run_raw(object: &Object, name: &'static str, args: [u64; 3]) -> Result<(), Eb
     options.args[..args.len()].copy_from_slice(&args);
     program.test_run(options).map_err(failed)?;
     Ok(())
+}
+
+/// Runs a reading program for all slots that were handed out.
+fn read_slots(object: &Object, program: &'static str, used: u32) -> Result<(), EbpfError> {
+    (0..used)
+        .step_by(READ_BATCH as usize)
+        .try_for_each(|first| run_raw(object, program, [first.into(), 0, 0]))
 }
 
 /// Runs of a program; `None` unless the kernel counts them.

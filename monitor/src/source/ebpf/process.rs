@@ -5,15 +5,14 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use aya::{
     Ebpf as Object,
     maps::{HashMap, MapData, RingBuf},
-    programs::{ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
 };
 use monitor_ebpf::{
     CHANGE_END, CHANGE_EXEC, CHANGE_THREADS, CLASSES, Change, PROCESS_READ, PROCESS_TORN, Process,
-    ProcessReading, READ_BATCH,
+    ProcessReading,
 };
 
 use super::times::{Happened, ProcessTimes, Torn};
-use super::{EbpfError, map, mapped::Mapped, program_error, sched::Places, take_map};
+use super::{EbpfError, map, mapped::Mapped, read_slots, sched::Places, take_map};
 use crate::units::Tgid;
 
 /// A process that is followed.
@@ -65,16 +64,7 @@ impl Processes {
     }
 
     pub(super) fn read(&self, object: &Object) -> Result<(), EbpfError> {
-        let failed = |e: ProgramError| EbpfError::Read(program_error(&e));
-        let program = object.program("read_processes");
-        let program = program.ok_or_else(|| EbpfError::Read("not in the object".to_owned()))?;
-        let program: &RawTracePoint = program.try_into().map_err(failed)?;
-        for place in (0..self.places.used()).step_by(READ_BATCH as usize) {
-            let mut options = RawTracePointRunOptions::new();
-            options.args[0] = u64::from(place);
-            program.test_run(options).map_err(failed)?;
-        }
-        Ok(())
+        read_slots(object, "read_processes", self.places.used())
     }
 
     /// Figures of a process at the last read; an error says that it could not be read right.

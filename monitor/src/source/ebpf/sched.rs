@@ -10,18 +10,18 @@ use std::{
 
 use aya::{
     Ebpf as Object,
-    programs::{Iter, ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
+    programs::{Iter, ProgramError},
 };
 use monitor_ebpf::{
     ARMED, CHAIN, CLOCK_THREAD, COMPARISONS, CPUS, ChargeTables, Charges, Clock, Filter, Group, Histograms,
-    MARK_ARRIVES, MARK_FOLLOWED, NOW_RUNNING, NOW_WAITING, READ_BATCH, READ_LAST, READ_LIVE, Reading, Recent,
-    TID_PLACES, Thread, mark_place,
+    MARK_ARRIVES, MARK_FOLLOWED, NOW_RUNNING, NOW_WAITING, READ_LAST, READ_LIVE, Reading, Recent, TID_PLACES,
+    Thread, mark_place,
 };
 
 use super::{
     EbpfError, map,
     mapped::Mapped,
-    program_error,
+    read_slots,
     times::{Doing, ThreadTimes},
 };
 use crate::{
@@ -347,15 +347,7 @@ impl Sched {
     /// # Errors
     /// If the kernel refuses to run the reading program.
     pub(super) fn read(&mut self, object: &Object) -> Result<(), EbpfError> {
-        let failed = |e: ProgramError| EbpfError::Read(program_error(&e));
-        let program = object.program("read_threads");
-        let program = program.ok_or_else(|| EbpfError::Read("not in the object".to_owned()))?;
-        let program: &RawTracePoint = program.try_into().map_err(failed)?;
-        for first in (0..self.places.used).step_by(READ_BATCH as usize) {
-            let mut options = RawTracePointRunOptions::new();
-            options.args[0] = u64::from(first);
-            program.test_run(options).map_err(failed)?;
-        }
+        read_slots(object, "read_threads", self.places.used)?;
         let now = MonotonicNs::now();
         if now.since(self.disarmed) > DISARM_INTERVAL_NS {
             self.disarmed = now;
