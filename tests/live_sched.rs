@@ -8,13 +8,14 @@
 
 #[path = "support/quota.rs"]
 mod quota;
+#[path = "support/ring.rs"]
+mod ring;
 #[path = "support/threads.rs"]
 mod threads;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -27,6 +28,7 @@ use monitor::{
     units::{Tgid, Tid},
 };
 use quota::Quota;
+use ring::Ring;
 use threads::{Bully, PATIENCE, Spinner};
 
 /// The CPU that the loads run on.
@@ -280,32 +282,20 @@ fn every_run_is_in_the_histogram_at_once() {
 #[test]
 fn a_thread_that_was_switched_a_moment_ago_is_read() {
     let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let (tell, tids) = std::sync::mpsc::channel();
-        for _ in 0..8 {
-            let (tell, stop) = (tell.clone(), &stop);
-            scope.spawn(move || {
-                threads::pin(CPU);
-                tell.send(threads::own_tid()).unwrap();
-                while !stop.load(Ordering::Relaxed) {
-                    std::thread::sleep(Duration::from_micros(100));
-                }
-            });
-        }
-        let slots: Vec<Slot> =
-            (0..8).map(|_| ebpf.follow(tids.recv().unwrap(), Keep::Times, None).unwrap()).collect();
-        ebpf.seed().unwrap();
-        let mut torn = 0;
-        for _ in 0..5000 {
-            ebpf.read().unwrap();
-            torn += slots.iter().filter(|slot| ebpf.times(slot).is_none()).count();
-        }
-        stop.store(true, Ordering::Relaxed);
-        println!("{torn} of {} figures could not be read", 5000 * slots.len());
-        // One that is switched at every attempt to read it cannot be; on an emulated CPU that is one in a thousand.
-        assert!(torn <= 100, "{torn} figures could not be read");
-    });
+    let mut ring = Ring::new(8, CPU);
+    ring.rest(Duration::from_micros(100));
+    let slots: Vec<Slot> =
+        ring.tids.iter().map(|tid| ebpf.follow(*tid, Keep::Times, None).unwrap()).collect();
+    ebpf.seed().unwrap();
+    ring.begin();
+    let mut torn = 0;
+    for _ in 0..5000 {
+        ebpf.read().unwrap();
+        torn += slots.iter().filter(|slot| ebpf.times(slot).is_none()).count();
+    }
+    println!("{torn} of {} figures could not be read", 5000 * slots.len());
+    // One that is switched at every attempt to read it cannot be; on an emulated CPU that is one in a thousand.
+    assert!(torn <= 100, "{torn} figures could not be read");
 }
 
 /// A thread ends, and before anybody looked another one has its id: what the first had done stays what it was.
