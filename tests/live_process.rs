@@ -23,7 +23,13 @@ use monitor::{
     source::ebpf::{Ebpf, Happened, ProcessSlot, ProcessTimes, Torn, probes::ProbeGroup},
     units::{Tgid, nanoseconds},
 };
+use procfs::CurrentSI as _;
 use rustix::time::{ClockId, clock_gettime};
+
+#[path = "support/ring.rs"]
+mod ring;
+
+use ring::Ring;
 
 /// The scheduler's clock is known to that.
 const CLOCK_ERROR_NS: u64 = 20_000;
@@ -218,6 +224,43 @@ fn a_storm_beside() {
     for _ in 0..20_000 {
         std::thread::spawn(|| ()).join().unwrap();
     }
+}
+
+/// Threads that fall asleep all the time: while their CPU looks for something else to run they are still on it, and have
+/// used no more than when they fell asleep.
+#[test]
+fn a_thread_that_falls_asleep_takes_nothing_back() {
+    const READINGS: u64 = 20_000;
+    let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
+    let mut ring = Ring::new(8, 1);
+    ring.rest(Duration::from_micros(100));
+    for tid in &ring.tids {
+        std::fs::write(format!("/proc/self/task/{}/comm", tid.0), "worker").unwrap();
+    }
+    let slot = follow(&mut ebpf, this_process());
+    let stolen = stolen_ticks();
+    ring.begin();
+    let (mut falls, mut most, mut last) = (0, 0, 0);
+    for _ in 0..READINGS {
+        ebpf.read().unwrap();
+        if let Ok(times) = ebpf.process_times(&slot).unwrap() {
+            falls += u64::from(times.worker_ns < last);
+            most = most.max(last.saturating_sub(times.worker_ns));
+            last = times.worker_ns;
+        }
+    }
+    let stolen = stolen_ticks() - stolen;
+    println!(
+        "{falls} of {READINGS} readings say less than the one before, {most} ns at most; {stolen} ticks were stolen"
+    );
+    // What a hypervisor below took of a run in progress is known only at the kernel's next update, and the scheduler's clock
+    // to some microseconds.
+    assert!(falls <= READINGS / 500 + 20 * stolen, "{falls} readings say less than the one before");
+}
+
+/// What a hypervisor below took of this host's CPUs, clock ticks of 10 ms.
+fn stolen_ticks() -> u64 {
+    procfs::KernelStats::current().unwrap().total.steal.unwrap_or(0)
 }
 
 fn until_told(ebpf: &mut Ebpf, wanted: Happened) {

@@ -606,6 +606,8 @@ pub struct Layout {
     pub task_pid: u32,
     /// `task_struct.on_cpu`.
     pub task_on_cpu: u32,
+    /// `task_struct.on_rq`: 0 from when it begins to fall asleep.
+    pub task_on_rq: u32,
     /// `task_struct.thread_info.cpu`, `task_struct.cpu` before Linux 5.16: the CPU that it is on or was last.
     pub task_cpu: u32,
     /// `task_struct.start_boottime`.
@@ -672,6 +674,7 @@ impl Layout {
     pub const ZERO: Self = Self {
         task_pid: 0,
         task_on_cpu: 0,
+        task_on_rq: 0,
         task_cpu: 0,
         task_start_boottime: 0,
         task_sum_exec_runtime: 0,
@@ -709,7 +712,7 @@ const _: () = assert!(size_of::<Reading>() == 104);
 const _: () = assert!(size_of::<Clock>() == 40);
 const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1088);
 const _: () = assert!(size_of::<History>() == 8 + 48 * STINTS);
-const _: () = assert!(size_of::<Layout>() == 120);
+const _: () = assert!(size_of::<Layout>() == 124);
 const _: () = assert!(THREADS.is_multiple_of(READ_BATCH) && THREADS < u16::MAX as u32);
 const _: () = assert!(4 * HISTOGRAMS < CLOCK_THREAD as u32);
 

@@ -262,8 +262,10 @@ fn add_thread(walk: &mut Walk) -> Option<u64> {
 /// CPU time of a thread, the run in progress included.
 #[inline(always)]
 fn thread_time(task: u64, now: u64) -> Option<u64> {
+    // First, so that one that leaves its CPU meanwhile has in its figure what it did there.
+    let on_cpu: u32 = probe(task, offset(&LAYOUT.task_on_cpu))?;
     let run: u64 = probe(task, offset(&LAYOUT.task_sum_exec_runtime))?;
-    if probe::<u32>(task, offset(&LAYOUT.task_on_cpu))? == 0 {
+    if on_cpu == 0 {
         return Some(run);
     }
     Some(run + open_run(task, run, now)?)

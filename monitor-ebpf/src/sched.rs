@@ -793,7 +793,8 @@ fn is_on_cpu(task: u64, arrived: u64, since: u64) -> Option<bool> {
 }
 
 /// Task-clock time since `update_curr()` last added to `sum_exec_runtime`: it stamped `exec_start` with
-/// `rq->clock_task`, which lags `rq->clock` by the time that interrupts and a hypervisor below took.
+/// `rq->clock_task`, which lags `rq->clock` by the time that interrupts and a hypervisor below took. What they took since
+/// is in it, and only the next reading leaves it out.
 #[inline(always)]
 pub(crate) fn open_run(task: u64, run: u64, sched_now: u64) -> Option<u64> {
     let exec_start: u64 = probe(task, offset(&LAYOUT.task_exec_start))?;
@@ -801,6 +802,9 @@ pub(crate) fn open_run(task: u64, run: u64, sched_now: u64) -> Option<u64> {
     let rq: u64 = probe(cfs_rq, offset(&LAYOUT.cfs_rq_rq))?;
     let clock: u64 = probe(rq, offset(&LAYOUT.rq_clock))?;
     let clock_task: u64 = probe(rq, offset(&LAYOUT.rq_clock_task))?;
+    // One that falls asleep is off the queue, and its figure complete, before its CPU looks for something else to run, which
+    // takes some 0.1 ms where there is nothing.
+    let runs = probe::<u32>(task, offset(&LAYOUT.task_on_rq))? != 0;
     if probe::<u64>(task, offset(&LAYOUT.task_sum_exec_runtime))? != run
         || probe::<u64>(task, offset(&LAYOUT.task_exec_start))? != exec_start
     {
@@ -808,7 +812,7 @@ pub(crate) fn open_run(task: u64, run: u64, sched_now: u64) -> Option<u64> {
     }
     let open = sched_now.wrapping_sub(clock.wrapping_sub(clock_task)).wrapping_sub(exec_start);
     // The scheduler clock is known to some microseconds: just after an update the difference may be below 0.
-    Some(if open.cast_signed() > 0 { open } else { 0 })
+    Some(if runs && open.cast_signed() > 0 { open } else { 0 })
 }
 
 /// The yardstick of `cargo xtask bench sched`: what any program on this tracepoint costs at least. The monitor never

@@ -60,7 +60,7 @@ pub struct Values {
     /// A bit for each of `numbers` that is known.
     now: u64,
     before: u64,
-    /// Now, and at the read before.
+    /// Now, and at the read before that knew it; 0 before the first.
     numbers: Box<[[u64; 2]]>,
 }
 
@@ -183,6 +183,16 @@ impl Values {
         self.get(self.before, source, metric).map(|[_, before]| *before)
     }
 
+    /// Whether a counter had a higher value when it was last read, however long ago: one reading that was left out must
+    /// not let the next take back what was told.
+    #[must_use]
+    pub fn falls(&self, source: SourceKind, metric: Metric, now: u64) -> bool {
+        let last = self
+            .now(source, metric)
+            .or_else(|| self.get(u64::MAX, source, metric).map(|[_, before]| *before));
+        last.is_some_and(|last| last > now)
+    }
+
     fn get(&self, known: u64, source: SourceKind, metric: Metric) -> Option<&[u64; 2]> {
         let place = PLACES[metric as usize][source as usize];
         if place != NOWHERE && known & 1 << place != 0 { self.numbers.get(usize::from(place)) } else { None }
@@ -216,6 +226,7 @@ impl Values {
 
     fn clear(&mut self) {
         (self.now, self.before) = (0, 0);
+        self.numbers.fill([0; 2]);
     }
 }
 
@@ -516,6 +527,21 @@ mod tests {
         assert_eq!(vcpu.before(SourceKind::Ebpf, Metric::VcpuRun), Some(10));
         assert_eq!(vcpu.now(SourceKind::Procfs, Metric::VcpuRun), Some(8));
         assert_eq!(vcpu.before(SourceKind::Procfs, Metric::VcpuRun), None);
+    }
+
+    #[test]
+    fn a_counter_falls_below_what_was_told_before_a_gap() {
+        let mut sample = DomainSample::new(1, 0, 0);
+        let (source, metric) = (SourceKind::Ebpf, Metric::VcpuRun);
+        for told in [Some(10), None, None] {
+            sample.begin(ReadClass::Ebpf);
+            sample.vcpus[0].put_some(source, metric, told.map(Nanos));
+            let falls = |now| sample.vcpus[0].falls(source, metric, now);
+            assert_eq!((falls(9), falls(10)), (true, false), "{told:?}");
+        }
+        assert!(!sample.vcpus[0].falls(SourceKind::Procfs, metric, 0));
+        sample.clear();
+        assert!(!sample.vcpus[0].falls(source, metric, 0));
     }
 
     #[test]

@@ -349,10 +349,7 @@ impl Tracked {
             (Metric::CpuVhostRun, times.vhost_ns),
         ];
         let cpu = &mut self.sample.cpu;
-        let falls = |(metric, now): &(Metric, u64)| {
-            cpu.before(SourceKind::Ebpf, *metric).is_some_and(|before| before > *now)
-        };
-        if figures.iter().any(falls) {
+        if figures.iter().any(|(metric, now)| cpu.falls(SourceKind::Ebpf, *metric, *now)) {
             return 1;
         }
         for (metric, ns) in figures {
@@ -364,10 +361,10 @@ impl Tracked {
     /// Time in which vCPUs waited while others ran. Returns 1 if it could not be read right.
     fn put_costop(&mut self, ebpf: &Ebpf) -> u64 {
         let Some(group) = &self.group else { return 0 };
-        let before = self.sample.cpu.before(SourceKind::Ebpf, Metric::CpuCostop);
-        match ebpf.both_ns(group).filter(|now| before.is_none_or(|before| before <= *now)) {
+        let cpu = &mut self.sample.cpu;
+        match ebpf.both_ns(group).filter(|now| !cpu.falls(SourceKind::Ebpf, Metric::CpuCostop, *now)) {
             Some(now) => {
-                self.sample.cpu.put(SourceKind::Ebpf, Metric::CpuCostop, Nanos(now));
+                cpu.put(SourceKind::Ebpf, Metric::CpuCostop, Nanos(now));
                 0
             }
             None => 1,
@@ -534,8 +531,7 @@ impl Tracked {
     /// libvirt reads these in `/proc`, and says 0 from QEMU's end until it notices (`virProcessGetStatInfo`).
     fn put_libvirt_times(&mut self, stats: &DomainStats) {
         let put = |values: &mut Values, metric, now: Option<u64>| {
-            let before = values.before(SourceKind::Libvirt, metric);
-            let risen = now.filter(|now| before.is_none_or(|before| before <= *now));
+            let risen = now.filter(|now| !values.falls(SourceKind::Libvirt, metric, *now));
             values.put_some(SourceKind::Libvirt, metric, risen.map(Nanos));
         };
         put(&mut self.sample.cpu, Metric::CpuTime, stats.cpu_time_ns);

@@ -292,8 +292,8 @@ fn put_function(values: &mut Values, counters: &FunctionCounters) {
 /// Counters of a device only grow.
 fn is_another(values: &Values, kind: DeviceKind, counters: &DeviceCounters) -> bool {
     let (rx, tx) = guests_first(kind, counters.tx.packets, counters.rx.packets);
-    let fell = |metric, now| values.before(SourceKind::Procfs, metric).is_some_and(|before| before > now);
-    fell(Metric::InterfaceRxPackets, rx) || fell(Metric::InterfaceTxPackets, tx)
+    let falls = |metric, now| values.falls(SourceKind::Procfs, metric, now);
+    falls(Metric::InterfaceRxPackets, rx) || falls(Metric::InterfaceTxPackets, tx)
 }
 
 /// Packets that are in the tap's ring: sent by our count, and not yet read by the kernel's.

@@ -67,6 +67,7 @@ pub fn sched(btf: &Btf) -> Result<Layout, LayoutError> {
     Ok(Layout {
         task_pid: at("task_struct", "pid")?,
         task_on_cpu: at("task_struct", "on_cpu")?,
+        task_on_rq: at("task_struct", "on_rq")?,
         task_cpu,
         task_start_boottime: at("task_struct", "start_boottime")?,
         task_sum_exec_runtime: at("task_struct", "se.sum_exec_runtime")?,
