@@ -24,8 +24,8 @@ pub const MARKS_PER_WORD: u32 = 32;
 pub const THREADS: u32 = 8_192;
 /// Followed threads that may share a place in [`Filter`].
 pub const CHAIN: u32 = 8;
-/// Threads or processes that one run of a reading program reads, which takes some 0.1 ms: nothing else runs on its CPU
-/// meanwhile where the kernel does not preempt itself. Its arguments are `[first slot]`.
+/// Threads or processes that one run of a reading program reads at most, which takes some 0.1 ms: nothing else runs on its CPU
+/// meanwhile where the kernel does not preempt itself. Its arguments are `[first slot, how many]`.
 pub const READ_BATCH: u32 = 256;
 
 /// What every switch of the host looks at, and where it finds the followed threads: in one map, because each look-up costs.

@@ -10,7 +10,6 @@ use core::{
 };
 
 use aya_ebpf::{
-    EbpfContext,
     bindings::BPF_F_MMAPABLE,
     helpers::{bpf_ktime_get_ns, generated::bpf_loop},
     macros::{btf_tracepoint, map, raw_tracepoint},
@@ -19,12 +18,12 @@ use aya_ebpf::{
 };
 use monitor_ebpf::{
     CHANGE_END, CHANGE_EXEC, CHANGE_THREADS, CHANGES_BYTES, CLASSES, Change, PROCESS_GONE, PROCESS_READ,
-    PROCESS_THREADS, PROCESS_TORN, PROCESSES, Process, ProcessReading, READ_BATCH, begins, class_of,
+    PROCESS_THREADS, PROCESS_TORN, PROCESSES, Process, ProcessReading, begins, class_of,
 };
 
 use crate::{
     kernel::{Address, LAYOUT, load, offset, probe},
-    sched::{get, open_run, scheduler_clock, set},
+    sched::{get, open_run, scheduler_clock, set, slots_to_read},
 };
 
 #[map(name = "PROCESS_OF")]
@@ -145,19 +144,17 @@ pub(crate) fn fetch_add(place: &mut u64, value: u64) -> u64 {
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::AcqRel }>(place, value) }
 }
 
-/// Not attached to anything: user space runs it with the number of the first slot as its argument. Reads
-/// [`READ_BATCH`] processes.
+/// Not attached to anything: user space runs it with the slots to read as its arguments. Reads processes.
 #[raw_tracepoint(tracepoint = "read_processes")]
 pub(crate) fn read_processes(ctx: RawTracePointContext) -> i32 {
-    // SAFETY: user space passes the arguments of a raw tracepoint, at least one word.
-    let first = unsafe { *ctx.as_ptr().cast::<u64>() };
+    let (first, count) = slots_to_read(&ctx);
     // SAFETY: plain helper call.
     let Some(now) = scheduler_clock(unsafe { bpf_ktime_get_ns() }) else { return 0 };
     let mut batch = Batch { first, now };
     let callback: extern "C" fn(u64, &mut Batch) -> u64 = read_one;
     // SAFETY: the callback has the prototype that `bpf_loop` calls, and the batch outlives the call.
     unsafe {
-        bpf_loop(READ_BATCH, callback as *mut c_void, (&raw mut batch).cast::<c_void>(), 0);
+        bpf_loop(count, callback as *mut c_void, (&raw mut batch).cast::<c_void>(), 0);
     }
     0
 }

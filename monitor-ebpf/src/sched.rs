@@ -556,21 +556,29 @@ extern "C" fn seed_threads(ctx: *mut core::ffi::c_void) -> i32 {
     0
 }
 
-/// Not attached to anything: user space runs it with the number of the first slot as its argument. Reads
-/// [`READ_BATCH`] threads into `READINGS`, the run or wait in progress included.
+/// Not attached to anything: user space runs it with the slots to read as its arguments. Reads threads into `READINGS`,
+/// the run or wait in progress included.
 #[raw_tracepoint(tracepoint = "read_threads")]
 pub(crate) fn read_threads(ctx: RawTracePointContext) -> i32 {
-    // SAFETY: user space passes the arguments of a raw tracepoint, at least one word.
-    let first = unsafe { *ctx.as_ptr().cast::<u64>() };
+    let (first, count) = slots_to_read(&ctx);
     // SAFETY: plain helper call.
     let mono = unsafe { bpf_ktime_get_ns() };
     let mut batch = Batch { first, now: Now { mono, sched: scheduler_clock(mono).unwrap_or(0) } };
     let callback: extern "C" fn(u64, &mut Batch) -> u64 = read_one;
     // SAFETY: the callback has the prototype that `bpf_loop` calls, and the batch outlives the call.
     unsafe {
-        bpf_loop(READ_BATCH, callback as *mut c_void, (&raw mut batch).cast::<c_void>(), 0);
+        bpf_loop(count, callback as *mut c_void, (&raw mut batch).cast::<c_void>(), 0);
     }
     0
+}
+
+/// Arguments of a reading program: the first slot to read, and how many.
+#[inline(always)]
+pub(crate) fn slots_to_read(ctx: &RawTracePointContext) -> (u64, u32) {
+    let words = ctx.as_ptr().cast::<u64>();
+    // SAFETY: user space passes the arguments of a raw tracepoint, at least two words.
+    let (first, count) = unsafe { (*words, *words.add(1)) };
+    (first, if count < u64::from(READ_BATCH) { count as u32 } else { READ_BATCH })
 }
 
 struct Batch {

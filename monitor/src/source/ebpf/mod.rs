@@ -695,9 +695,10 @@ fn run_raw(object: &Object, name: &'static str, args: [u64; 3]) -> Result<(), Eb
 
 /// Runs a reading program for all slots that were handed out.
 fn read_slots(object: &Object, program: &'static str, used: u32) -> Result<(), EbpfError> {
-    (0..used)
-        .step_by(READ_BATCH as usize)
-        .try_for_each(|first| run_raw(object, program, [first.into(), 0, 0]))
+    (0..used).step_by(READ_BATCH as usize).try_for_each(|first| {
+        let count = READ_BATCH.min(used - first);
+        run_raw(object, program, [first.into(), count.into(), 0])
+    })
 }
 
 /// Runs of a program; `None` unless the kernel counts them.
