@@ -578,7 +578,7 @@ pub(crate) fn slots_to_read(ctx: &RawTracePointContext) -> (u64, u32) {
     let words = ctx.as_ptr().cast::<u64>();
     // SAFETY: user space passes the arguments of a raw tracepoint, at least two words.
     let (first, count) = unsafe { (*words, *words.add(1)) };
-    (first, if count < u64::from(READ_BATCH) { count as u32 } else { READ_BATCH })
+    (first, u32::try_from(count).unwrap_or(READ_BATCH).min(READ_BATCH))
 }
 
 struct Batch {

@@ -268,6 +268,7 @@ impl Runner {
         self.ask_libvirt(now);
         let wall = jiff::Timestamp::now();
         self.watch_clock(wall);
+        self.tracker.tell_falls();
         self.write_notices();
         self.write_samples(&Tick::new(wall, now, interval_ns));
         tracing::debug!(number = self.ticks, interval_ns, domains = self.tracker.domains().len(), "tick");

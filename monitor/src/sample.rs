@@ -4,7 +4,7 @@
 //! allocates once the entities are known.
 
 use crate::{
-    metric::{Cadence, METRIC_COUNT, METRICS, Metric, MetricDef, Scope},
+    metric::{Cadence, Kind, METRIC_COUNT, METRICS, Metric, MetricDef, Scope},
     source::{
         ebpf::ExitReasons,
         libvirt::{Job, stats::DirtyRate},
@@ -193,6 +193,25 @@ impl Values {
         last.is_some_and(|last| last > now)
     }
 
+    /// The first counter among these places that the last read brought, and that is less than what was told of it.
+    fn fall(&self, places: u64) -> Option<Number> {
+        let mut left = self.now & places;
+        std::iter::from_fn(|| {
+            let place = left.trailing_zeros() as usize;
+            let ((row, source), [now, before]) =
+                (*MEANS[self.scope as usize].get(place)?, *self.numbers.get(place)?);
+            left &= left - 1;
+            Some(Number { row, source, now, before: Some(before) })
+        })
+        .find(|number| number.before > Some(number.now) && number.def().kind == Kind::Counter)
+    }
+
+    /// What was read before is of other counters.
+    fn restart(&mut self) {
+        self.before = 0;
+        self.numbers.iter_mut().for_each(|[_, before]| *before = 0);
+    }
+
     fn get(&self, known: u64, source: SourceKind, metric: Metric) -> Option<&[u64; 2]> {
         let place = PLACES[metric as usize][source as usize];
         if place != NOWHERE && known & 1 << place != 0 { self.numbers.get(usize::from(place)) } else { None }
@@ -228,6 +247,17 @@ impl Values {
         (self.now, self.before) = (0, 0);
         self.numbers.fill([0; 2]);
     }
+}
+
+/// A counter that is less than what was told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fall {
+    /// What it belongs to.
+    pub scope: Scope,
+    /// Which of those, in the domain's order.
+    pub index: usize,
+    /// The counter.
+    pub number: Number,
 }
 
 /// The two last windows of one read class.
@@ -489,6 +519,29 @@ impl DomainSample {
         self.job = None;
     }
 
+    /// The first counter that fell since the last line. Those of the kernel programs are not looked at: readings that would
+    /// take something back are discarded.
+    #[must_use]
+    pub fn fall(&self) -> Option<Fall> {
+        let of = |scope: Scope, values: &[Values]| {
+            let places = self.fresh[scope as usize] & !BROUGHT[scope as usize][ReadClass::Ebpf as usize];
+            let found =
+                values.iter().enumerate().find_map(|(index, values)| Some((index, values.fall(places)?)));
+            found.map(|(index, number)| Fall { scope, index, number })
+        };
+        of(Scope::Cpu, std::slice::from_ref(&self.cpu))
+            .or_else(|| of(Scope::Vcpu, &self.vcpus))
+            .or_else(|| of(Scope::Interface, &self.interfaces))
+            .or_else(|| of(Scope::Disk, &self.disks))
+            .or_else(|| of(Scope::Memory, std::slice::from_ref(&self.memory)))
+    }
+
+    /// Counters started anew before what was read last (a new epoch): no rate crosses that.
+    pub fn restart(&mut self) {
+        self.each(Values::restart);
+        self.reads.iter_mut().for_each(|reads| reads.before = None);
+    }
+
     /// Forgets all values: counters start anew (a new epoch).
     pub fn clear(&mut self) {
         self.each(Values::clear);
@@ -508,7 +561,7 @@ impl DomainSample {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::{MonotonicNs, Nanos};
+    use crate::units::{Bytes, MonotonicNs, Nanos};
 
     #[test]
     fn a_read_moves_now_to_before_for_its_class_only() {
@@ -542,6 +595,32 @@ mod tests {
         assert!(!sample.vcpus[0].falls(SourceKind::Procfs, metric, 0));
         sample.clear();
         assert!(!sample.vcpus[0].falls(source, metric, 0));
+    }
+
+    #[test]
+    fn a_fall_is_of_a_counter_that_was_just_read() {
+        let mut sample = DomainSample::new(0, 0, 2);
+        let read = |sample: &mut DomainSample, (capacity, written): (u64, u64)| {
+            sample.begin(ReadClass::LibvirtSlow);
+            sample.disks[1].put(SourceKind::Libvirt, Metric::DiskCapacity, Bytes(capacity));
+            sample.disks[1].put(SourceKind::Libvirt, Metric::DiskWrBytes, Bytes(written));
+            sample.end(ReadClass::LibvirtSlow, Window { begin: MonotonicNs(1), end: MonotonicNs(2) });
+        };
+        for values in [(5, 7), (4, 7)] {
+            read(&mut sample, values);
+            assert_eq!(sample.fall(), None, "a gauge may fall");
+        }
+        read(&mut sample, (4, 6));
+        let fall = sample.fall().unwrap();
+        assert_eq!((fall.scope, fall.index, fall.number.def().name), (Scope::Disk, 1, "wr_bytes"));
+        assert_eq!((fall.number.before, fall.number.now), (Some(7), 6));
+        sample.restart();
+        assert_eq!(sample.fall(), None);
+        assert_eq!(sample.disks[1].now(SourceKind::Libvirt, Metric::DiskWrBytes), Some(6));
+        assert_eq!(sample.reads(ReadClass::LibvirtSlow).before, None);
+        read(&mut sample, (4, 5));
+        sample.written();
+        assert_eq!(sample.fall(), None, "it was told");
     }
 
     #[test]

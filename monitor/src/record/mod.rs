@@ -427,7 +427,7 @@ pub enum EventKind {
     CounterReset,
     /// The direction of an interface does not fit the addresses of its packets.
     DirectionMismatch,
-    /// A counter went backwards without a known reason; that reading gives no rate.
+    /// A counter of libvirt or `/proc` went backwards without a known reason; the domain's epoch grew.
     CounterBackwards,
     /// The wall clock (`ts`) was set, or the host slept; `mono_ns`, windows and rates go on as if nothing had happened.
     ClockStep,

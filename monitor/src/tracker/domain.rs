@@ -14,7 +14,8 @@ use crate::{
     metric::{Metric, Scope},
     record::Subject,
     sample::{
-        BackingImage, CulpritKind, DiskDetail, DomainSample, PreemptedBy, ReadClass, Values, VcpuDetail,
+        BackingImage, CulpritKind, DiskDetail, DomainSample, Fall, Number, PreemptedBy, ReadClass, Values,
+        VcpuDetail,
     },
     source::{
         ebpf::{
@@ -237,6 +238,19 @@ impl Tracked {
 
     pub(super) fn since_ns(&self) -> BTreeMap<&'static str, u64> {
         self.followed_since.map(|at| (SourceKind::Ebpf.name(), at.0)).into_iter().collect()
+    }
+
+    /// Which counter fell, and from where.
+    pub(super) fn describe_fall(&self, fall: &Fall) -> String {
+        let of = match fall.scope {
+            Scope::Cpu | Scope::Memory => fall.scope.key().to_owned(),
+            Scope::Vcpu => format!("vCPU {}", self.domain.vcpus[fall.index].index.0),
+            Scope::Interface => format!("network device {}", self.domain.interfaces[fall.index].device),
+            Scope::Disk => format!("disk {}", self.domain.disks[fall.index].target),
+        };
+        let Number { source, now, before, .. } = fall.number;
+        let (metric, before) = (fall.number.def().name, before.unwrap_or(0));
+        format!("{of}: {metric} {{{}}} was {before} and is {now}: counters start anew", source.name())
     }
 
     pub(super) fn insert_vcpu(&mut self, at: usize, index: VcpuIndex) {

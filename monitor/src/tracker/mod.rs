@@ -565,6 +565,19 @@ impl Tracker {
         was_sampled
     }
 
+    /// Says of each domain which of its counters fell, if one did that nothing else was said of: an epoch begins with what was
+    /// read last. Call it after the last read of a tick.
+    pub fn tell_falls(&mut self) {
+        for i in 0..self.domains.len() {
+            let Some(fall) = self.domains[i].sample.fall() else { continue };
+            let tracked = &mut self.domains[i];
+            tracked.epoch += 1;
+            tracked.sample.restart();
+            let detail = tracked.describe_fall(&fall);
+            self.notice_event(i, EventKind::CounterBackwards, &detail);
+        }
+    }
+
     fn adopt_thread(&mut self, i: usize, v: usize, tid: Tid) {
         let Some(process) = self.domains[i].domain.process else { return };
         let file = ThreadReader::open(&self.root, process, tid);
@@ -896,4 +909,44 @@ impl From<ReadCount> for crate::record::SourceHealth {
 pub fn open_ebpf(facts: &crate::host::Facts, groups: &[ProbeGroup]) -> Result<Ebpf, String> {
     crate::host::ebpf_rule(facts).map_err(|u| u.to_string())?;
     Ebpf::open(groups).map_err(|e: EbpfError| crate::one_line(&e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        metric::Metric,
+        sample::ReadClass,
+        source::libvirt::xml::parse_domain,
+        units::{Bytes, Window},
+    };
+
+    #[test]
+    fn a_counter_that_falls_begins_an_epoch_and_is_told() {
+        let xml = "<domain type='qemu' id='3'><name>web</name><uuid>6a1c8f60-0000-4000-8000-000000000001</uuid>\
+            <devices><disk type='file' device='disk'><source file='/a'/><target dev='vda'/></disk></devices></domain>";
+        let mut tracker = Tracker::at(Where::Elsewhere, "/proc".into(), Wanted::new(Vec::new()), None);
+        tracker.described(parse_domain(xml).unwrap());
+        tracker.notices();
+        let read = |tracker: &mut Tracker, written, at| {
+            let tracked = &mut tracker.domains[0];
+            tracked.sample.begin(ReadClass::LibvirtSlow);
+            tracked.sample.disks[0].put(SourceKind::Libvirt, Metric::DiskWrBytes, Bytes(written));
+            tracked
+                .sample
+                .end(ReadClass::LibvirtSlow, Window { begin: MonotonicNs(at), end: MonotonicNs(at + 1) });
+            tracker.tell_falls();
+            tracker.domains[0].sample.written();
+            let told = tracker.notices().into_iter().map(|notice| match notice {
+                Notice::Event { kind, detail, .. } => (kind, detail),
+                Notice::Domain { .. } => panic!("{notice:?}"),
+            });
+            (tracker.domains[0].epoch, told.collect::<Vec<_>>())
+        };
+        assert_eq!(read(&mut tracker, 9, 1), (0, vec![]));
+        assert_eq!(read(&mut tracker, 9, 2), (0, vec![]));
+        let detail = "disk vda: wr_bytes {libvirt} was 9 and is 8: counters start anew".to_owned();
+        assert_eq!(read(&mut tracker, 8, 3), (1, vec![(EventKind::CounterBackwards, detail)]));
+        assert_eq!(read(&mut tracker, 8, 4), (1, vec![]));
+    }
 }
