@@ -232,7 +232,8 @@ fn a_storm_beside() {
 fn a_thread_that_falls_asleep_takes_nothing_back() {
     const READINGS: u64 = 20_000;
     let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
-    let mut ring = Ring::new(8, 1);
+    let cpus = std::thread::available_parallelism().unwrap().get();
+    let mut ring = Ring::new(8, cpus - 1);
     ring.rest(Duration::from_micros(100));
     for tid in &ring.tids {
         std::fs::write(format!("/proc/self/task/{}/comm", tid.0), "worker").unwrap();
