@@ -105,7 +105,7 @@ fn a_kvm_guest_with_vhost_is_counted_as_the_kernel_counts() {
     );
     let truth = guest.wait_end(PATIENCE).unwrap();
     let after = stand_still(&lab, &guest, &mut run);
-    run.stop();
+    let ended = run.stop();
 
     let grown = |group, metric| ebpf(&after.sample, group, metric) - ebpf(&before.sample, group, metric);
     let exits = grown("vcpus", "exits");
@@ -121,6 +121,12 @@ fn a_kvm_guest_with_vhost_is_counted_as_the_kernel_counts() {
     println!("vhost: {vhost} ns, by schedstat {} ns", after.vhost_run_ns - before.vhost_run_ns);
     assert_eq!(vhost, after.vhost_run_ns - before.vhost_run_ns);
     assert!(vhost > 0, "the packets did not pass vhost");
+    // They share the only CPU.
+    let waits = ended.records.iter().filter_map(|r| r["vcpus"][0]["preempted_by"].as_array()).flatten();
+    let by_vhost = waits.filter(|by| by["kind"] == "vhost" && by["who"] == "vm");
+    let waited: u64 = by_vhost.map(|by| by["ns"].as_u64().unwrap()).sum();
+    println!("the vCPU waited {waited} ns for vhost");
+    assert!((1..=after.vhost_run_ns).contains(&waited), "{waited} ns of {}", after.vhost_run_ns);
     let classes = ["vcpu_run_ns", "emulator_run_ns", "iothread_run_ns", "worker_run_ns", "vhost_run_ns"];
     let (sum, whole) =
         (classes.map(|class| grown("cpu", class)).iter().sum::<u64>(), grown("cpu", "time_ns"));
