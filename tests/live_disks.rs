@@ -431,12 +431,21 @@ fn follow_changes() -> Changing {
     stage.write();
     // qcow2's own writes come on top.
     stage.wait_writes("vda", |writes| writes >= before + 20);
+    stage.wait_disk("vda", |disk| disk["job_wr_req"]["ebpf"] == 0 && disk["job_wr_bytes"]["ebpf"] == 0);
     stage.virsh(&["blockcommit", "changing", "vda", "--active", "--pivot", "--wait"]);
     assert_eq!(stage.wait_source(&raw), "vda");
     stage.wait_disk("vda", |disk| disk["capacity_bytes"]["libvirt"].is_u64() && disk["backing"].is_null());
     let before = stage.wait_writes("vda", |_| true);
+    let by_commit = stage.wait_disk("vda", |disk| disk["job_wr_bytes"]["ebpf"].is_u64());
     stage.write();
     stage.wait_writes("vda", |writes| writes == before + 30);
+    // What the guest had written to the overlay, in whole clusters, and none of what it writes to the image below since.
+    let after = stage.wait_disk("vda", |disk| disk["job_wr_bytes"]["ebpf"].is_u64());
+    let [requests, bytes] =
+        ["job_wr_req", "job_wr_bytes"].map(|metric| after[metric]["ebpf"].as_u64().unwrap());
+    println!("the commit wrote {bytes} bytes by {requests} requests");
+    assert!(requests > 0 && (20 * 4096..=SIZE).contains(&bytes), "{after}");
+    assert_eq!(by_commit["job_wr_bytes"]["ebpf"], bytes);
     let plugged = stage.file("plugged.raw");
     std::fs::write(&plugged, vec![0x5a; usize::try_from(SIZE).unwrap()]).unwrap();
     stage.virsh(&[
@@ -492,7 +501,7 @@ fn a_disk_is_followed_from_image_to_image() {
     stage.write();
     stage.wait_writes("vda", |writes| writes == before + 50);
     let ended = stage.run.stop();
-    // QEMU's own requests for a job are like any others; the stream tells when there were some.
+    // What a job reads is like any other request; the stream tells when there was one.
     let jobs = ended.records.iter().filter(|r| r["type"] == "event" && r["kind"] == "block_job");
     let jobs: Vec<_> = jobs.map(|job| job["detail"].as_str().unwrap()).collect();
     println!("{jobs:?}");

@@ -45,7 +45,12 @@ struct Watched {
     id: ImageId,
     slot: ImageSlot,
     writable: bool,
+    /// It lies below the one on top since it had so many writes: what is written to it from then on, a block job writes.
+    below_from: Option<Written>,
 }
+
+/// Writes of an image: requests and bytes.
+type Written = [u64; 2];
 
 /// What is known of a disk beside its images.
 #[derive(Debug)]
@@ -53,6 +58,8 @@ struct Total {
     target: String,
     /// Counted for images it no longer has.
     earlier: Box<(Figures, Histograms)>,
+    /// Of those, and of images that were below another one then, what block jobs wrote.
+    by_jobs: Written,
     /// Its latencies as of the last sample that had them.
     histograms: Option<Box<Histograms>>,
     /// Requests that had ended by then and by the last reading: with no more of them there are no more latencies.
@@ -125,6 +132,15 @@ pub(super) struct Place<'a> {
     pub(super) disks: &'a [inventory::Disk],
 }
 
+impl Place<'_> {
+    /// Whether a path, as the process sees it, is that of an image.
+    fn leads_to(&self, path: &Path, image: &OpenImage) -> bool {
+        let inside = self.root.join(self.process.tgid.to_string()).join("root");
+        let path = inside.join(path.strip_prefix("/").unwrap_or(path));
+        ImageId::of_path(&path).is_some_and(|id| id == image.id)
+    }
+}
+
 impl Disks {
     /// Nothing is counted.
     pub(super) fn are_unwatched(&self) -> bool {
@@ -166,6 +182,7 @@ impl Disks {
             })
             .collect();
         self.keep(ebpf, &wanted, at.disks);
+        self.place(ebpf, &wanted, at);
         let mut notices = Vec::new();
         for (disk, image, plan) in wanted {
             if self.images.iter().any(|watched| watched.id == image.id) {
@@ -179,6 +196,7 @@ impl Disks {
                         id: image.id,
                         slot,
                         writable: image.writable,
+                        below_from: is_below(image, &at.disks[disk], at).then_some([0; 2]),
                     });
                     self.total(target).blind = None;
                 }
@@ -211,12 +229,37 @@ impl Disks {
             let plan = watched.slot.plan();
             let Some((counted, latencies)) = ebpf.unwatch_image(watched.slot) else { continue };
             let total = self.total(&watched.target);
+            add_written(&mut total.by_jobs, written(&counted.image), watched.below_from);
             total.earlier.0.add(&counted, plan);
             if let Some(latencies) = latencies {
                 total.earlier.1.add(&latencies, plan);
             }
         }
         self.totals.retain(|total| disks.iter().any(|disk| disk.target == total.target));
+    }
+
+    /// Takes note which images lie below another one now.
+    fn place(&mut self, ebpf: &Ebpf, wanted: &[(usize, &OpenImage, Plan)], at: Place<'_>) {
+        let mut ended = Vec::new();
+        for watched in &mut self.images {
+            let Some((disk, image, _)) = wanted.iter().find(|(_, image, _)| image.id == watched.id) else {
+                continue;
+            };
+            let below = is_below(image, &at.disks[*disk], at);
+            if below == watched.below_from.is_some() {
+                continue;
+            }
+            let Some(now) = ebpf.image(&watched.slot).map(|counted| written(&counted.image)) else {
+                continue;
+            };
+            match watched.below_from.take() {
+                Some(from) => ended.push((watched.target.clone(), now, from)),
+                None => watched.below_from = Some(now),
+            }
+        }
+        for (target, now, from) in ended {
+            add_written(&mut self.total(&target).by_jobs, now, Some(from));
+        }
     }
 
     /// The disk that an image belongs to: by its path, by what the disk's paths lead to, or as before.
@@ -228,12 +271,7 @@ impl Disks {
         let by = |belongs: &dyn Fn(&Path) -> bool| {
             at.disks.iter().position(|disk| paths(disk).iter().any(|path| belongs(path)))
         };
-        let inside = at.root.join(at.process.tgid.to_string()).join("root");
-        let leads_there = |path: &Path| {
-            let path = inside.join(path.strip_prefix("/").unwrap_or(path));
-            ImageId::of_path(&path).is_some_and(|id| id == image.id)
-        };
-        by(&|path| path == image.path).or_else(|| by(&leads_there)).or_else(|| {
+        by(&|path| path == image.path).or_else(|| by(&|path| at.leads_to(path, image))).or_else(|| {
             let known = self.images.iter().find(|watched| watched.id == image.id)?;
             at.disks.iter().position(|disk| disk.target == known.target)
         })
@@ -244,6 +282,7 @@ impl Disks {
             self.totals.push(Total {
                 target: target.to_owned(),
                 earlier: Box::new((Figures::ZERO, Histograms::ZERO)),
+                by_jobs: [0; 2],
                 histograms: None,
                 ended: Default::default(),
                 blind: None,
@@ -264,14 +303,20 @@ impl Disks {
         let Some(seen) = self.seen(target) else { return 0 };
         let images = self.images.iter().filter(|watched| watched.target == target);
         let Some(total) = self.totals.iter_mut().find(|total| total.target == target) else { return 0 };
-        let mut sum = total.earlier.0;
+        let (mut sum, mut by_jobs, mut is_chain) = (total.earlier.0, total.by_jobs, total.by_jobs != [0; 2]);
         for watched in images {
             if let Some(counted) = ebpf.image(&watched.slot) {
                 sum.add(&counted, watched.slot.plan());
+                add_written(&mut by_jobs, written(&counted.image), watched.below_from);
+                is_chain |= watched.below_from.is_some();
             }
         }
         total.ended[1] = sum.ended();
         put_image(values, &sum.image, seen);
+        if seen.data && is_chain {
+            values.put(SourceKind::Ebpf, Metric::DiskJobWrReq, Count(by_jobs[0]));
+            values.put(SourceKind::Ebpf, Metric::DiskJobWrBytes, Bytes(by_jobs[1]));
+        }
         if seen.below.is_ok() {
             put_below(values, &sum.below);
         }
@@ -353,6 +398,24 @@ fn plan(ebpf: &Ebpf, image: &OpenImage, at: Place<'_>, disk: &inventory::Disk) -
     let aio = Aio::of_name(disk.io.as_deref());
     let opened = Opened { kind, direct: image.direct, aio, writable: image.writable };
     Plan::of(opened, |hook| ebpf.can(hook))
+}
+
+/// Whether an image lies below the one on top of its disk.
+fn is_below(image: &OpenImage, disk: &inventory::Disk, at: Place<'_>) -> bool {
+    let is = |path: &String| Path::new(path) == image.path || at.leads_to(Path::new(path), image);
+    disk.backing_chain.iter().any(is) && !disk.source.as_ref().is_some_and(is)
+}
+
+fn written(image: &Image) -> Written {
+    let write = image.operations[WRITE as usize];
+    [write.done, write.bytes]
+}
+
+/// Adds what was written since an image lies below another one, if it does.
+fn add_written(sum: &mut Written, now: Written, below_from: Option<Written>) {
+    for ((sum, now), from) in sum.iter_mut().zip(now).zip(below_from.into_iter().flatten()) {
+        *sum += now.saturating_sub(from);
+    }
 }
 
 fn put_image(values: &mut Values, image: &Image, seen: Seen) {
