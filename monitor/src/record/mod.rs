@@ -423,7 +423,7 @@ pub enum EventKind {
     MonitorSilent,
     /// QEMU answers libvirt again.
     MonitorBack,
-    /// Counters of a domain started anew; its epoch grew.
+    /// Counters of a domain started anew, or those that its guest keeps; its epoch grew.
     CounterReset,
     /// The direction of an interface does not fit the addresses of its packets.
     DirectionMismatch,

@@ -12,7 +12,7 @@ use crate::{
     inventory::{Disk, Domain, DomainState, QemuProcess, Vcpu},
     ledger::{Ledger, Parts, new_in_histogram},
     metric::{Metric, Scope},
-    record::Subject,
+    record::{EventKind, Subject},
     sample::{
         BackingImage, CulpritKind, DiskDetail, DomainSample, Fall, Number, PreemptedBy, ReadClass, Values,
         VcpuDetail,
@@ -240,8 +240,8 @@ impl Tracked {
         self.followed_since.map(|at| (SourceKind::Ebpf.name(), at.0)).into_iter().collect()
     }
 
-    /// Which counter fell, and from where.
-    pub(super) fn describe_fall(&self, fall: &Fall) -> String {
+    /// Which counter fell, from where, and what that means.
+    pub(super) fn describe_fall(&self, fall: &Fall) -> (EventKind, String) {
         let of = match fall.scope {
             Scope::Cpu | Scope::Memory => fall.scope.key().to_owned(),
             Scope::Vcpu => format!("vCPU {}", self.domain.vcpus[fall.index].index.0),
@@ -250,7 +250,13 @@ impl Tracked {
         };
         let Number { source, now, before, .. } = fall.number;
         let (metric, before) = (fall.number.def().name, before.unwrap_or(0));
-        format!("{of}: {metric} {{{}}} was {before} and is {now}: counters start anew", source.name())
+        let what =
+            format!("{of}: {metric} {{{}}} was {before} and is {now}: counters start anew", source.name());
+        match fall.scope {
+            // The guest's own.
+            Scope::Memory => (EventKind::CounterReset, what + " with the guest"),
+            _ => (EventKind::CounterBackwards, what),
+        }
     }
 
     pub(super) fn insert_vcpu(&mut self, at: usize, index: VcpuIndex) {

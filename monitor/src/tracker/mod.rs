@@ -573,8 +573,8 @@ impl Tracker {
             let tracked = &mut self.domains[i];
             tracked.epoch += 1;
             tracked.sample.restart();
-            let detail = tracked.describe_fall(&fall);
-            self.notice_event(i, EventKind::CounterBackwards, &detail);
+            let (kind, detail) = tracked.describe_fall(&fall);
+            self.notice_event(i, kind, &detail);
         }
     }
 
@@ -918,7 +918,7 @@ mod tests {
         metric::Metric,
         sample::ReadClass,
         source::libvirt::xml::parse_domain,
-        units::{Bytes, Window},
+        units::{Bytes, Count, Window},
     };
 
     #[test]
@@ -928,13 +928,12 @@ mod tests {
         let mut tracker = Tracker::at(Where::Elsewhere, "/proc".into(), Wanted::new(Vec::new()), None);
         tracker.described(parse_domain(xml).unwrap());
         tracker.notices();
-        let read = |tracker: &mut Tracker, written, at| {
-            let tracked = &mut tracker.domains[0];
-            tracked.sample.begin(ReadClass::LibvirtSlow);
-            tracked.sample.disks[0].put(SourceKind::Libvirt, Metric::DiskWrBytes, Bytes(written));
-            tracked
-                .sample
-                .end(ReadClass::LibvirtSlow, Window { begin: MonotonicNs(at), end: MonotonicNs(at + 1) });
+        let read = |tracker: &mut Tracker, (written, faults), at| {
+            let sample = &mut tracker.domains[0].sample;
+            sample.begin(ReadClass::LibvirtSlow);
+            sample.disks[0].put(SourceKind::Libvirt, Metric::DiskWrBytes, Bytes(written));
+            sample.memory.put(SourceKind::Libvirt, Metric::MemoryMinorFaults, Count(faults));
+            sample.end(ReadClass::LibvirtSlow, Window { begin: MonotonicNs(at), end: MonotonicNs(at + 1) });
             tracker.tell_falls();
             tracker.domains[0].sample.written();
             let told = tracker.notices().into_iter().map(|notice| match notice {
@@ -943,10 +942,13 @@ mod tests {
             });
             (tracker.domains[0].epoch, told.collect::<Vec<_>>())
         };
-        assert_eq!(read(&mut tracker, 9, 1), (0, vec![]));
-        assert_eq!(read(&mut tracker, 9, 2), (0, vec![]));
+        assert_eq!(read(&mut tracker, (9, 50), 1), (0, vec![]));
+        assert_eq!(read(&mut tracker, (9, 50), 2), (0, vec![]));
         let detail = "disk vda: wr_bytes {libvirt} was 9 and is 8: counters start anew".to_owned();
-        assert_eq!(read(&mut tracker, 8, 3), (1, vec![(EventKind::CounterBackwards, detail)]));
-        assert_eq!(read(&mut tracker, 8, 4), (1, vec![]));
+        assert_eq!(read(&mut tracker, (8, 50), 3), (1, vec![(EventKind::CounterBackwards, detail)]));
+        assert_eq!(read(&mut tracker, (8, 51), 4), (1, vec![]));
+        let detail =
+            "memory: minor_faults {libvirt} was 51 and is 3: counters start anew with the guest".to_owned();
+        assert_eq!(read(&mut tracker, (8, 3), 5), (2, vec![(EventKind::CounterReset, detail)]));
     }
 }
