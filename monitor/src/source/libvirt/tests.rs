@@ -51,6 +51,19 @@ fn groups_are_a_set() {
     assert!(Groups::slow().contains(Groups::BLOCK) && !Groups::slow().contains(Groups::INTERFACE));
 }
 
+/// Whatever no event told is known after the resynchronization at the latest.
+#[test]
+fn an_old_description_is_read_again_once() {
+    let connection = connection::Connection::open_read_only(TEST_DRIVER).unwrap();
+    let mut collector = Collector::new(Duty::Watch);
+    let mut descriptions = |older_by: Duration| {
+        collector.age(older_by);
+        collector.collect(&connection, &fast()).unwrap().described.len()
+    };
+    assert_eq!([Duration::ZERO; 2].map(&mut descriptions), [1, 0]);
+    assert_eq!([worker::RESYNC / 2; 3].map(&mut descriptions), [0, 1, 0]);
+}
+
 #[test]
 fn a_domain_is_described_once_and_measured_each_time() {
     block_on(async {

@@ -31,7 +31,7 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 /// Longest wait between attempts.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 /// Every description is read again after so long: an event may have been missed, and not every change has one.
-const RESYNC: Duration = Duration::from_secs(300);
+pub(super) const RESYNC: Duration = Duration::from_secs(300);
 
 /// Who a worker is and where it speaks to.
 #[derive(Clone)]
@@ -165,6 +165,13 @@ pub(super) struct Collector {
 impl Collector {
     pub(super) fn new(duty: Duty) -> Self {
         Self { duty, known: HashMap::new(), renewals: 0 }
+    }
+
+    /// Makes all descriptions older.
+    #[cfg(test)]
+    pub(super) fn age(&mut self, by: Duration) {
+        let described = self.known.values_mut().filter_map(|known| known.described.as_mut());
+        described.for_each(|at| *at = at.checked_sub(by).unwrap());
     }
 
     /// After a reconnect everything is described again: changes may have been missed.
