@@ -60,7 +60,7 @@ pub struct Values {
     /// A bit for each of `numbers` that is known.
     now: u64,
     before: u64,
-    /// Now, and at the read before that knew it; 0 before the first.
+    /// What was put last, however long ago, and what had been when the current read began; 0 before the first.
     numbers: Box<[[u64; 2]]>,
 }
 
@@ -187,23 +187,13 @@ impl Values {
     /// not let the next take back what was told.
     #[must_use]
     pub fn falls(&self, source: SourceKind, metric: Metric, now: u64) -> bool {
-        let last = self
-            .now(source, metric)
-            .or_else(|| self.get(u64::MAX, source, metric).map(|[_, before]| *before));
-        last.is_some_and(|last| last > now)
+        self.get(u64::MAX, source, metric).is_some_and(|[last, _]| *last > now)
     }
 
     /// The first counter among these places that the last read brought, and that is less than what was told of it.
     fn fall(&self, places: u64) -> Option<Number> {
-        let mut left = self.now & places;
-        std::iter::from_fn(|| {
-            let place = left.trailing_zeros() as usize;
-            let ((row, source), [now, before]) =
-                (*MEANS[self.scope as usize].get(place)?, *self.numbers.get(place)?);
-            left &= left - 1;
-            Some(Number { row, source, now, before: Some(before) })
-        })
-        .find(|number| number.before > Some(number.now) && number.def().kind == Kind::Counter)
+        let mut numbers = self.numbers_at(self.now & places).map(|(_, number)| number);
+        numbers.find(|number| number.before > Some(number.now) && number.def().kind == Kind::Counter)
     }
 
     /// What was read before is of other counters.
@@ -220,14 +210,20 @@ impl Values {
     /// The numbers that reads of this sample brought since the last line was written, metric by metric, the most trusted
     /// source of each first.
     pub fn fresh(&self, sample: &DomainSample) -> impl Iterator<Item = Number> {
-        let mut left = self.now & sample.fresh[self.scope as usize];
+        self.numbers_at(self.now & sample.fresh[self.scope as usize]).map(|(place, number)| {
+            let before = number.before.filter(|_| self.before & 1 << place != 0);
+            Number { before, ..number }
+        })
+    }
+
+    /// The numbers at these places, and where they are; `before` is that of the last read that knew it, however long ago.
+    fn numbers_at(&self, mut left: u64) -> impl Iterator<Item = (usize, Number)> {
         std::iter::from_fn(move || {
             let place = left.trailing_zeros() as usize;
             let (row, source) = *MEANS[self.scope as usize].get(place)?;
             let [now, before] = *self.numbers.get(place)?;
-            let before = (self.before & 1 << place != 0).then_some(before);
             left &= left - 1;
-            Some(Number { row, source, now, before })
+            Some((place, Number { row, source, now, before: Some(before) }))
         })
     }
 

@@ -182,7 +182,7 @@ impl Disks {
             })
             .collect();
         self.keep(ebpf, &wanted, at.disks);
-        self.place(ebpf, &wanted, at);
+        self.note_layers(ebpf, &wanted, at);
         let mut notices = Vec::new();
         for (disk, image, plan) in wanted {
             if self.images.iter().any(|watched| watched.id == image.id) {
@@ -239,26 +239,24 @@ impl Disks {
     }
 
     /// Takes note which images lie below another one now.
-    fn place(&mut self, ebpf: &Ebpf, wanted: &[(usize, &OpenImage, Plan)], at: Place<'_>) {
-        let mut ended = Vec::new();
+    fn note_layers(&mut self, ebpf: &Ebpf, wanted: &[(usize, &OpenImage, Plan)], at: Place<'_>) {
         for watched in &mut self.images {
             let Some((disk, image, _)) = wanted.iter().find(|(_, image, _)| image.id == watched.id) else {
                 continue;
             };
-            let below = is_below(image, &at.disks[*disk], at);
-            if below == watched.below_from.is_some() {
+            if is_below(image, &at.disks[*disk], at) == watched.below_from.is_some() {
                 continue;
             }
             let Some(now) = ebpf.image(&watched.slot).map(|counted| written(&counted.image)) else {
                 continue;
             };
             match watched.below_from.take() {
-                Some(from) => ended.push((watched.target.clone(), now, from)),
                 None => watched.below_from = Some(now),
+                from => {
+                    let total = self.totals.iter_mut().find(|total| total.target == watched.target);
+                    total.into_iter().for_each(|total| add_written(&mut total.by_jobs, now, from));
+                }
             }
-        }
-        for (target, now, from) in ended {
-            add_written(&mut self.total(&target).by_jobs, now, Some(from));
         }
     }
 
