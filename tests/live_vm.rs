@@ -291,7 +291,7 @@ fn what_a_guest_sees_as_steal_is_its_wait() {
     let spec = GuestSpec {
         uuid: Some(UUID.to_owned()),
         vcpu_pin: Some("0".to_owned()),
-        ..GuestSpec::new("steal", "wait burn=cpu0:8s end=idle")
+        ..GuestSpec::new("steal", "wait burn=cpu0:8s wait end=idle")
     };
     let guest = lab.boot(&spec).unwrap();
     guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
@@ -299,10 +299,13 @@ fn what_a_guest_sees_as_steal_is_its_wait() {
     let before = fresh(&mut run, "a sample at rest", |_| true);
     let hog = Hog::start(&lab, 0).unwrap();
     guest.go_on(PATIENCE).unwrap();
-    let truth = guest.wait_end(PATIENCE).unwrap();
+    guest.wait_begin(Which::Number(2), PATIENCE).unwrap();
     drop(hog);
     let after = fresh(&mut run, "a sample at rest again", |_| true);
     run.stop();
+    // Without a rival: it looks at its count first, and tells of it in many exits, each of which would be a wait.
+    guest.go_on(PATIENCE).unwrap();
+    let truth = guest.wait_end(PATIENCE).unwrap();
     let wait = ebpf(&after, "vcpus", "wait_ns") - ebpf(&before, "vcpus", "wait_ns");
     // Since the start of its script, before which there was no rival, nor any time to steal.
     let ticks = truth.end.as_ref().unwrap().kernel.get("stat.cpu0.steal").copied().unwrap_or(0);
