@@ -263,7 +263,7 @@ fn a_vcpu_agrees_with_schedstat_under_every_load() {
     let switched = hops() - before;
     println!("  they switched {} times a second", u128::from(switched) * 1000 / begin.elapsed().as_millis());
     assert!(switched > 10_000, "{switched} switches");
-    assert!(among.share[0] > 10.0, "the vCPU hardly ran: {:.1} %", among.share[0]);
+    assert!(among.share[0] > 2.0, "the vCPU hardly ran: {:.1} %", among.share[0]);
     drop(rings);
 
     quota.take(Tid(guest.vcpu_tids().unwrap()[0]));
