@@ -36,6 +36,8 @@ use crate::{
 
 /// How long the first answer of libvirt is waited for before the stream begins.
 const FIRST_ANSWER: Duration = Duration::from_secs(3);
+/// The same where there is no stream without it: an ssh to a far or busy host takes its time.
+const REQUIRED_ANSWER: Duration = Duration::from_secs(10);
 /// Time between looks for processes, threads and devices that came or went.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between looks at all of them, where the kernel programs tell of most.
@@ -212,11 +214,11 @@ impl Runner {
     /// Waits for what libvirt says first.
     async fn first_answer(&mut self) -> Result<(), RunError> {
         let Some(libvirt) = &mut self.libvirt else { return Ok(()) };
-        let deadline = Instant::now() + FIRST_ANSWER;
+        let patience = if self.config.libvirt == Mode::Require { REQUIRED_ANSWER } else { FIRST_ANSWER };
+        let deadline = Instant::now() + patience;
         while !libvirt.is_up() && libvirt.info.reason.is_none() {
             let Ok(update) = tokio::time::timeout_at(deadline, libvirt.next()).await else {
-                libvirt
-                    .lost(format!("libvirt at {} did not answer within {FIRST_ANSWER:?}", self.config.uri));
+                libvirt.lost(format!("libvirt at {} did not answer within {patience:?}", self.config.uri));
                 break;
             };
             for news in libvirt.take(update, MonotonicNs::now()) {
