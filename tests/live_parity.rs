@@ -296,8 +296,9 @@ fn boot_many_vcpus(lab: &Lab, spec: &GuestSpec) -> Guest {
         Err(error) if guest.is_alive() => panic!("{error:?}"),
         Err(error) => {
             println!("{error}; booting it once more");
-            drop(guest);
-            let guest = lab.boot(spec).unwrap();
+            // Another name: libvirt may not have noticed yet.
+            let guest =
+                lab.boot(&GuestSpec { name: format!("{}-again", spec.name), ..spec.clone() }).unwrap();
             guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
             guest
         }
