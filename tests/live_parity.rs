@@ -290,19 +290,19 @@ fn eight_vcpus_on_two_cpus_agree_with_schedstat() {
 /// A guest at its first step. QEMU 7.2 itself dies at times (SIGSEGV in a vCPU thread) where many emulated vCPUs begin at
 /// once: then another one is booted, once, and that is told.
 fn boot_many_vcpus(lab: &Lab, spec: &GuestSpec) -> Guest {
-    let guest = lab.boot(spec).unwrap();
-    match guest.wait_begin(Which::Kind("wait"), PATIENCE) {
-        Ok(_) => guest,
-        Err(error) if guest.is_alive() => panic!("{error:?}"),
-        Err(error) => {
-            println!("{error}; booting it once more");
-            // Another name: libvirt may not have noticed yet.
-            let guest =
-                lab.boot(&GuestSpec { name: format!("{}-again", spec.name), ..spec.clone() }).unwrap();
-            guest.wait_begin(Which::Kind("wait"), PATIENCE).unwrap();
-            guest
-        }
-    }
+    let boot = |spec| {
+        let guest = lab.boot(spec).unwrap();
+        let begun = guest.wait_begin(Which::Kind("wait"), PATIENCE);
+        (guest, begun)
+    };
+    let (guest, begun) = boot(spec);
+    let Err(error) = begun else { return guest };
+    assert!(!guest.is_alive(), "{error:?}");
+    println!("{error}; booting it once more");
+    // Another name: libvirt may not have noticed yet.
+    let (guest, begun) = boot(&GuestSpec { name: format!("{}-again", spec.name), ..spec.clone() });
+    begun.unwrap();
+    guest
 }
 
 /// While two endless loops share the vCPU's core, each is charged what it took by its own schedstat, and the charges
