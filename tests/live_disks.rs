@@ -324,7 +324,7 @@ fn each_request_is_charged_to_its_disk_however_the_image_is_opened() {
 
 /// The guest writes between two changes, so that each is followed by requests on what it led to.
 const CHANGES: &str = "wait write=vda:10x4096 wait write=vda:20x4096 wait write=vda:30x4096 wait write=vdb:40x4096 \
-                       flush=vdb:1 wait write=vda:50x4096 sleep=600s";
+                       flush=vdb:1 wait write=vda:15x4096 wait write=vda:50x4096 sleep=600s";
 
 /// A run of the monitor beside a guest whose images change.
 struct Changing {
@@ -483,23 +483,25 @@ fn a_disk_is_followed_from_image_to_image() {
         is_sample_of(r, &uuid) && r["disks"][0]["capacity_bytes"]["libvirt"] == 8 << 20
     });
     let copy = stage.file("copy.raw");
-    stage.virsh(&[
-        "blockcopy",
-        "changing",
-        "vda",
-        &copy,
-        "--format",
-        "raw",
-        "--wait",
-        "--pivot",
-        "--transient-job",
-    ]);
+    let by_jobs = |disk: &Value| disk["job_wr_bytes"]["ebpf"].as_u64().unwrap();
+    let before = by_jobs(&stage.wait_disk("vda", |disk| disk["job_wr_bytes"]["ebpf"].is_u64()));
+    stage.virsh(&["blockcopy", "changing", "vda", &copy, "--format", "raw", "--wait", "--transient-job"]);
+    stage.run.wait("where it is copied to", |r| {
+        r["type"] == "domain" && r["domain"]["disks"][0]["mirror"] == copy.as_str()
+    });
+    // Seen with the first description that has it: what was written before is not in.
+    stage.write();
+    stage.wait_disk("vda", |disk| by_jobs(disk) >= before + 15 * 4096);
+    stage.virsh(&["blockjob", "changing", "vda", "--pivot"]);
     assert_eq!(stage.wait_source(&copy), "vda");
     let before = stage.wait_writes("vda", |_| true);
+    let copied = by_jobs(&stage.wait_disk("vda", |disk| disk["job_wr_bytes"]["ebpf"].is_u64()));
     // Whoever deletes the file of a running VM takes its name only.
     std::fs::remove_file(&copy).unwrap();
     stage.write();
     stage.wait_writes("vda", |writes| writes == before + 50);
+    // The guest goes on with what was the target: from the pivot on its writes are no job's.
+    assert_eq!(by_jobs(&stage.wait_disk("vda", |_| true)), copied);
     let ended = stage.run.stop();
     // What a job reads is like any other request; the stream tells when there was one.
     let jobs = ended.records.iter().filter(|r| r["type"] == "event" && r["kind"] == "block_job");

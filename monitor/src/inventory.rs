@@ -227,6 +227,9 @@ pub struct Disk {
     pub serial: Option<String>,
     /// Sources below the top image, nearest first.
     pub backing_chain: Vec<String>,
+    /// Where a block job is writing the disk to (`<mirror>`): the target of a copy, or the image that the one on top is
+    /// committed to. `None` while there is no such job.
+    pub mirror: Option<String>,
     /// Limits of its requests (`<iotune>`), by libvirt's name (`total_bytes_sec`, `read_iops_sec`, …); sorted.
     pub limits: Vec<(String, u64)>,
     /// Disks with the same name share the limits.

@@ -338,6 +338,9 @@ pub struct DiskInfo<'a> {
     /// Sources below the top image, nearest first.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub backing_chain: &'a [String],
+    /// Where a block job is writing the disk to: the target of a copy, or the image that the one on top is committed to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<&'a str>,
     /// Limits of its requests by libvirt's name: `total_bytes_sec`, `read_iops_sec`, `total_bytes_sec_max`, ….
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub limits: BTreeMap<&'a str, u64>,
@@ -677,6 +680,7 @@ impl<'a> DiskInfo<'a> {
             iothread: of.iothread,
             serial: of.serial.as_deref(),
             backing_chain: &of.backing_chain,
+            mirror: of.mirror.as_deref(),
             limits: by_name(&of.limits),
             limits_group: of.limits_group.as_deref(),
             observable,

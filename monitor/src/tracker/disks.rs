@@ -45,8 +45,8 @@ struct Watched {
     id: ImageId,
     slot: ImageSlot,
     writable: bool,
-    /// It lies below the one on top since it had so many writes: what is written to it from then on, a block job writes.
-    below_from: Option<Written>,
+    /// Only block jobs write to it since it had so many writes.
+    jobs_from: Option<Written>,
 }
 
 /// Writes of an image: requests and bytes.
@@ -58,7 +58,7 @@ struct Total {
     target: String,
     /// Counted for images it no longer has.
     earlier: Box<(Figures, Histograms)>,
-    /// Of those, and of images that were below another one then, what block jobs wrote.
+    /// Of those, and of images that became the one on top, what block jobs wrote.
     by_jobs: Written,
     /// Its latencies as of the last sample that had them.
     histograms: Option<Box<Histograms>>,
@@ -182,7 +182,7 @@ impl Disks {
             })
             .collect();
         self.keep(ebpf, &wanted, at.disks);
-        self.note_layers(ebpf, &wanted, at);
+        self.note_jobs(ebpf, &wanted, at);
         let mut notices = Vec::new();
         for (disk, image, plan) in wanted {
             if self.images.iter().any(|watched| watched.id == image.id) {
@@ -196,7 +196,7 @@ impl Disks {
                         id: image.id,
                         slot,
                         writable: image.writable,
-                        below_from: is_below(image, &at.disks[disk], at).then_some([0; 2]),
+                        jobs_from: is_for_jobs(image, &at.disks[disk], at).then_some([0; 2]),
                     });
                     self.total(target).blind = None;
                 }
@@ -229,7 +229,7 @@ impl Disks {
             let plan = watched.slot.plan();
             let Some((counted, latencies)) = ebpf.unwatch_image(watched.slot) else { continue };
             let total = self.total(&watched.target);
-            add_written(&mut total.by_jobs, written(&counted.image), watched.below_from);
+            add_written(&mut total.by_jobs, written(&counted.image), watched.jobs_from);
             total.earlier.0.add(&counted, plan);
             if let Some(latencies) = latencies {
                 total.earlier.1.add(&latencies, plan);
@@ -238,20 +238,20 @@ impl Disks {
         self.totals.retain(|total| disks.iter().any(|disk| disk.target == total.target));
     }
 
-    /// Takes note which images lie below another one now.
-    fn note_layers(&mut self, ebpf: &Ebpf, wanted: &[(usize, &OpenImage, Plan)], at: Place<'_>) {
+    /// Takes note to which images only block jobs write now.
+    fn note_jobs(&mut self, ebpf: &Ebpf, wanted: &[(usize, &OpenImage, Plan)], at: Place<'_>) {
         for watched in &mut self.images {
             let Some((disk, image, _)) = wanted.iter().find(|(_, image, _)| image.id == watched.id) else {
                 continue;
             };
-            if is_below(image, &at.disks[*disk], at) == watched.below_from.is_some() {
+            if is_for_jobs(image, &at.disks[*disk], at) == watched.jobs_from.is_some() {
                 continue;
             }
             let Some(now) = ebpf.image(&watched.slot).map(|counted| written(&counted.image)) else {
                 continue;
             };
-            match watched.below_from.take() {
-                None => watched.below_from = Some(now),
+            match watched.jobs_from.take() {
+                None => watched.jobs_from = Some(now),
                 from => {
                     let total = self.totals.iter_mut().find(|total| total.target == watched.target);
                     total.into_iter().for_each(|total| add_written(&mut total.by_jobs, now, from));
@@ -264,7 +264,8 @@ impl Disks {
     fn disk_of(&self, image: &OpenImage, at: Place<'_>) -> Option<usize> {
         let paths = |disk: &inventory::Disk| {
             let top = (disk.observable == Observable::Yes).then_some(disk.source.clone()).flatten();
-            top.into_iter().chain(disk.backing_chain.clone()).map(PathBuf::from).collect::<Vec<_>>()
+            let others = disk.backing_chain.iter().chain(&disk.mirror).cloned();
+            top.into_iter().chain(others).map(PathBuf::from).collect::<Vec<_>>()
         };
         let by = |belongs: &dyn Fn(&Path) -> bool| {
             at.disks.iter().position(|disk| paths(disk).iter().any(|path| belongs(path)))
@@ -301,17 +302,17 @@ impl Disks {
         let Some(seen) = self.seen(target) else { return 0 };
         let images = self.images.iter().filter(|watched| watched.target == target);
         let Some(total) = self.totals.iter_mut().find(|total| total.target == target) else { return 0 };
-        let (mut sum, mut by_jobs, mut is_chain) = (total.earlier.0, total.by_jobs, total.by_jobs != [0; 2]);
+        let (mut sum, mut by_jobs, mut have_jobs) = (total.earlier.0, total.by_jobs, total.by_jobs != [0; 2]);
         for watched in images {
             if let Some(counted) = ebpf.image(&watched.slot) {
                 sum.add(&counted, watched.slot.plan());
-                add_written(&mut by_jobs, written(&counted.image), watched.below_from);
-                is_chain |= watched.below_from.is_some();
+                add_written(&mut by_jobs, written(&counted.image), watched.jobs_from);
+                have_jobs |= watched.jobs_from.is_some();
             }
         }
         total.ended[1] = sum.ended();
         put_image(values, &sum.image, seen);
-        if seen.data && is_chain {
+        if seen.data && have_jobs {
             values.put(SourceKind::Ebpf, Metric::DiskJobWrReq, Count(by_jobs[0]));
             values.put(SourceKind::Ebpf, Metric::DiskJobWrBytes, Bytes(by_jobs[1]));
         }
@@ -398,10 +399,10 @@ fn plan(ebpf: &Ebpf, image: &OpenImage, at: Place<'_>, disk: &inventory::Disk) -
     Plan::of(opened, |hook| ebpf.can(hook))
 }
 
-/// Whether an image lies below the one on top of its disk.
-fn is_below(image: &OpenImage, disk: &inventory::Disk, at: Place<'_>) -> bool {
+/// Whether a guest does not write to an image: it lies below the one on top of its disk, or is what that one is copied to.
+fn is_for_jobs(image: &OpenImage, disk: &inventory::Disk, at: Place<'_>) -> bool {
     let is = |path: &String| Path::new(path) == image.path || at.leads_to(Path::new(path), image);
-    disk.backing_chain.iter().any(is) && !disk.source.as_ref().is_some_and(is)
+    disk.backing_chain.iter().chain(&disk.mirror).any(is) && !disk.source.as_ref().is_some_and(is)
 }
 
 fn written(image: &Image) -> Written {
@@ -409,9 +410,9 @@ fn written(image: &Image) -> Written {
     [write.done, write.bytes]
 }
 
-/// Adds what was written since an image lies below another one, if it does.
-fn add_written(sum: &mut Written, now: Written, below_from: Option<Written>) {
-    for ((sum, now), from) in sum.iter_mut().zip(now).zip(below_from.into_iter().flatten()) {
+/// Adds what was written since only block jobs write to an image, if that is so.
+fn add_written(sum: &mut Written, now: Written, jobs_from: Option<Written>) {
+    for ((sum, now), from) in sum.iter_mut().zip(now).zip(jobs_from.into_iter().flatten()) {
         *sum += now.saturating_sub(from);
     }
 }

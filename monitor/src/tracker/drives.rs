@@ -113,6 +113,7 @@ fn disk_of(image: &OpenImage, drive: Option<&Drive>) -> Disk {
         iothread: None,
         serial: None,
         backing_chain: Vec::new(),
+        mirror: None,
         limits: Vec::new(),
         limits_group: None,
         observable: Observable::Yes,

@@ -227,6 +227,7 @@ fn read_disk(node: Node<'_, '_>) -> Disk {
         iothread: number(driver("iothread").as_deref()),
         serial: child_text(node, "serial"),
         backing_chain: read_backing_chain(node),
+        mirror: child(node, "mirror").and_then(image_source),
         limits: limits::of_disk(child(node, "iotune")),
         limits_group: child(node, "iotune").and_then(|limits| child_text(limits, "group_name")),
         observable,
@@ -248,13 +249,18 @@ fn disk_source(source_type: &str, source: Node<'_, '_>) -> Option<String> {
     }
 }
 
+/// What the `<source>` of a `<backingStore>` or `<mirror>` points at.
+fn image_source(image: Node<'_, '_>) -> Option<String> {
+    let source_type = image.attribute("type").unwrap_or_default();
+    child(image, "source").and_then(|source| disk_source(source_type, source))
+}
+
 /// Each image below the top one is nested in the `<backingStore>` of the one above.
 fn read_backing_chain(disk: Node<'_, '_>) -> Vec<String> {
     let mut chain = Vec::new();
     let mut above = disk;
     while let Some(image) = child(above, "backingStore") {
-        let source_type = image.attribute("type").unwrap_or_default();
-        chain.extend(child(image, "source").and_then(|source| disk_source(source_type, source)));
+        chain.extend(image_source(image));
         above = image;
     }
     chain

@@ -108,6 +108,8 @@ fn holes_backing_chains_and_other_disks() {
 
     assert_eq!(domain.disks[0].backing_chain, ["/srv/vm/middle.qcow2", "/dev/vg0/base", "nbd:export"]);
     assert_eq!(domain.disks[0].iothread, Some(2));
+    let mirrors: Vec<_> = domain.disks.iter().map(|d| d.mirror.as_deref()).collect();
+    assert_eq!(mirrors, [Some("/srv/vm/copy.qcow2"), None, None, None, None, None]);
     let disks: Vec<_> = domain
         .disks
         .iter()
