@@ -27,7 +27,7 @@ use lab::{DiskSpec, Guest, GuestSpec, Lab, LabDirs, NicSpec, UdpSink, Which};
 use left::{assert_nothing_left, bpf_objects, objects_held_by};
 use rustix::process::Signal;
 use serde_json::Value;
-use support::{PATIENCE, Run, has_window, is_change_of, is_sample_of, program, send};
+use support::{PATIENCE, Run, has_window, is_change_of, is_emulated_host, is_sample_of, program, send};
 
 #[path = "support/left.rs"]
 mod left;
@@ -97,11 +97,6 @@ fn whatever_is_killed_in_the_midst_of_load_nothing_is_left() {
 fn start(lab: &Lab) -> Run {
     let pace = if is_emulated_host() { SLOW } else { QUICK };
     Run::start(lab.command(program()), &[&["run", "--domain", NAME], &pace[..]].concat())
-}
-
-/// The VM of `cargo xtask lab`.
-fn is_emulated_host() -> bool {
-    std::env::var_os("KVM_MONITOR_HOST_UNDER_TEST").is_some()
 }
 
 /// Kills a run after that time; one that follows works at once.

@@ -28,7 +28,7 @@ use monitor::{
     units::NicKey,
 };
 use serde_json::Value;
-use support::{Run, is_change_of, is_sample_of, program};
+use support::{Run, is_change_of, is_emulated_host, is_sample_of, program};
 
 #[path = "support/mod.rs"]
 #[expect(dead_code, reason = "each test program uses a part of it")]
@@ -49,8 +49,7 @@ fn lab() -> Lab {
 }
 
 fn only_here() {
-    let is_here = std::env::var_os("KVM_MONITOR_HOST_UNDER_TEST").is_some();
-    assert!(is_here, "this changes the host: it runs in the VM of `cargo xtask lab` only");
+    assert!(is_emulated_host(), "this changes the host: it runs in the VM of `cargo xtask lab` only");
 }
 
 fn start(lab: &Lab, name: &str) -> Run {
