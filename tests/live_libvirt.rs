@@ -194,14 +194,23 @@ fn libvirts_figures_are_as_virsh_prints_them() {
     };
     run.wait("all figures", complete);
     let printed = stage.lab.virsh(&["domstats", "--raw", OTHER]).unwrap();
-    let sample = run.wait("all figures", complete);
+    // What libvirt is asked for less often comes with a sample of its own where it takes long.
+    let mut samples = Vec::new();
+    run.wait("all figures", |r| {
+        if is_sample_of(r, OTHER_UUID) {
+            samples.push(r.clone());
+        }
+        samples.iter().any(complete)
+            && samples.iter().any(|r| r["interfaces"][0]["rx_bytes"]["libvirt"].is_u64())
+    });
     let number = |name: &str| {
         let line = printed.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix('='));
         line.unwrap_or_else(|| panic!("no {name} in {printed}")).parse::<u64>().unwrap()
     };
     let of = |place: &str, metric: &str| {
-        let value = sample.pointer(&format!("/{place}/{metric}/libvirt"));
-        value.and_then(Value::as_u64).unwrap_or_else(|| panic!("no {place} {metric} in {sample}"))
+        let place = format!("/{place}/{metric}/libvirt");
+        let value = samples.iter().find_map(|sample| sample.pointer(&place)?.as_u64());
+        value.unwrap_or_else(|| panic!("no {place} in {samples:?}"))
     };
     for (place, metric, name, scale) in [
         ("cpu", "vcpus_online", "vcpu.current", 1),
@@ -228,7 +237,7 @@ fn libvirts_figures_are_as_virsh_prints_them() {
     ] {
         assert_eq!(of(place, metric), number(name) * scale, "{place} {metric}");
     }
-    assert_eq!(sample["vcpus"][0]["libvirt_state"], "running");
+    assert!(samples.iter().any(|sample| sample["vcpus"][0]["libvirt_state"] == "running"));
     run.stop();
 }
 

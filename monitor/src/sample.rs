@@ -62,6 +62,8 @@ pub struct Values {
     before: u64,
     /// What was put last, however long ago, and what had been when the current read began; 0 before the first.
     numbers: Box<[[u64; 2]]>,
+    /// A bit for each of `numbers` whose two may differ: most counters stand still from one read to the next.
+    moved: u64,
 }
 
 /// In [`PLACES`]: the source cannot have the metric.
@@ -139,7 +141,7 @@ impl Values {
     #[must_use]
     pub fn new(scope: Scope) -> Self {
         let numbers = vec![[0; 2]; COUNTS[scope as usize].into()].into();
-        Self { scope, now: 0, before: 0, numbers }
+        Self { scope, now: 0, before: 0, numbers, moved: 0 }
     }
 
     /// What these are values of.
@@ -159,6 +161,7 @@ impl Values {
         debug_assert!(def.sources.contains(&source), "{} from {}", def.name, source.name());
         let place = PLACES[metric as usize][source as usize];
         if let Some([now, _]) = self.numbers.get_mut(usize::from(place)) {
+            self.moved |= u64::from(*now != value.raw()) << place;
             *now = value.raw();
             self.now |= 1 << place;
         }
@@ -200,6 +203,7 @@ impl Values {
     fn restart(&mut self) {
         self.before = 0;
         self.numbers.iter_mut().for_each(|[_, before]| *before = 0);
+        self.moved = u64::MAX;
     }
 
     fn get(&self, known: u64, source: SourceKind, metric: Metric) -> Option<&[u64; 2]> {
@@ -229,18 +233,20 @@ impl Values {
 
     fn shift(&mut self, class: ReadClass) {
         let brought = BROUGHT[self.scope as usize][class as usize];
-        let mut known = self.now & brought;
+        let known = self.now & brought;
         self.before = self.before & !brought | known;
         self.now &= !brought;
-        while known != 0 {
-            let [now, before] = &mut self.numbers[known.trailing_zeros() as usize];
+        let mut left = known & self.moved;
+        self.moved &= !left;
+        while left != 0 {
+            let [now, before] = &mut self.numbers[left.trailing_zeros() as usize];
             *before = *now;
-            known &= known - 1;
+            left &= left - 1;
         }
     }
 
     fn clear(&mut self) {
-        (self.now, self.before) = (0, 0);
+        (self.now, self.before, self.moved) = (0, 0, 0);
         self.numbers.fill([0; 2]);
     }
 }

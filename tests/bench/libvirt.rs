@@ -37,6 +37,8 @@ const COLLECTIONS: u64 = 2;
 /// How long one of our runs is measured in a round.
 const WINDOW: Duration = Duration::from_secs(4);
 const PATIENCE: Duration = Duration::from_secs(60);
+/// At least, until the next process is asked what it shares.
+const SHARED: Duration = Duration::from_millis(700);
 const EXPORTER: &str = "prometheus-libvirt-exporter";
 
 fn main() {
@@ -201,7 +203,8 @@ impl Stage {
             assert!(Instant::now() < deadline, "no samples of {size} domains");
             std::thread::sleep(Duration::from_millis(20));
         }
-        std::thread::sleep(Duration::from_secs(1));
+        // What each process shares is read once a minute, at first of one after the other.
+        std::thread::sleep(Duration::from_secs(1).max(SHARED * u32::try_from(size.min(10)).unwrap()));
         let before = samples.load(Ordering::Relaxed);
         let mut cost = self.cost(child.id(), 1, || std::thread::sleep(WINDOW));
         cost.collections = (samples.load(Ordering::Relaxed) - before) / all;
