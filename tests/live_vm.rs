@@ -597,10 +597,24 @@ impl Drop for Unloaded {
 
 #[test]
 fn kvm_that_is_loaded_later_is_counted_from_then_on() {
+    count_kvm_that_comes_late(Command::new(program()));
+}
+
+/// With no more rights than the README asks for.
+#[test]
+fn kvm_that_is_loaded_later_is_counted_for_a_user_with_capabilities() {
+    const CAPABILITIES: &str = "-all,+bpf,+perfmon,+sys_ptrace,+dac_read_search";
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", "nobody", "--clear-groups", "--inh-caps", CAPABILITIES]);
+    command.args(["--ambient-caps", CAPABILITIES, "--"]).arg(program());
+    count_kvm_that_comes_late(command);
+}
+
+fn count_kvm_that_comes_late(program: Command) {
     only_here();
     let unloaded = Unloaded::new();
     assert!(!Path::new("/dev/kvm").exists());
-    let mut run = Run::start(Command::new(program()), &["run", "--libvirt", "off", "--interval", "100ms"]);
+    let mut run = Run::start(program, &["run", "--libvirt", "off", "--interval", "100ms"]);
     let session = run.wait("the session", |r| r["type"] == "session");
     let probes = session["probes"].as_array().unwrap();
     let exit = probes.iter().find(|probe| probe["name"] == "kvm_exit").unwrap();
