@@ -63,6 +63,8 @@ pub struct Tracked {
     pub(super) open: Option<OpenFiles>,
     /// How many there were at the last look for taps.
     pub(super) open_files: Option<u64>,
+    /// It was the same then as at the look before.
+    pub(super) files_settled: bool,
     /// Thread ids at the last look, to see cheaply whether anything came or went.
     pub(super) task_ids: Vec<u32>,
     pub(super) followed_since: Option<MonotonicNs>,
@@ -140,6 +142,7 @@ impl Tracked {
             unwatched: Vec::new(),
             open: None,
             open_files: None,
+            files_settled: false,
             task_ids: Vec::new(),
             followed_since: None,
             histograms_at: None,
@@ -212,6 +215,7 @@ impl Tracked {
         self.domain.process = None;
         self.domain.id = None; // Of the run that is over: libvirt's word on the next one is no further restart.
         (self.files, self.open, self.open_files) = (None, None, None);
+        self.files_settled = false;
         self.task_ids.clear();
         self.followed_since = None;
         self.epoch += 1;

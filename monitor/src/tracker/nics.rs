@@ -424,10 +424,13 @@ impl Tracker {
             return;
         };
         let files = tracked.open.as_ref().and_then(OpenFiles::count);
-        if files.is_some() && files == tracked.open_files {
+        let is_as_before = files == tracked.open_files;
+        if files.is_some() && is_as_before && tracked.files_settled {
             return;
         }
         tracked.open_files = files;
+        // Once more after a change: QEMU may be amid opening some and closing as many others.
+        tracked.files_settled = is_as_before;
         self.look_for_images(i, process);
         let taps = netdev::held_taps(&self.root, process);
         let mut interfaces: Vec<_> = taps.iter().filter_map(|tap| self.interface_of(process, tap)).collect();
