@@ -23,7 +23,7 @@ use crate::{kernel, paths, process};
 /// The kernels that kvm-monitor is tried on beside the running one: the oldest promised, and a long-term one.
 pub(crate) const SERIES: [&str; 2] = ["6.1", "6.12"];
 /// Programs that need two CPUs, one to watch from. All others run on one, which is safer and quicker.
-const TWO_CPUS: [&str; 2] = ["live_parity", "live_sched"];
+const TWO_CPUS: [&str; 3] = ["live_parity", "live_sched", "live_threads"];
 /// For everything that the VMs of one kernel do after their boot.
 const LIMIT: Duration = Duration::from_secs(240 * 60);
 /// For one test program.
