@@ -27,7 +27,7 @@ const TWO_CPUS: [&str; 3] = ["live_parity", "live_sched", "live_threads"];
 /// For everything that the VMs of one kernel do after their boot.
 const LIMIT: Duration = Duration::from_secs(240 * 60);
 /// For one test program.
-const PROGRAM_LIMIT: &str = "25m";
+const PROGRAM_LIMIT: &str = "45m";
 /// What `cargo xtask test` runs: on one kernel, the parts of these programs whose tests have the word in their names. What
 /// the machine itself cannot show comes first: guest mode. A whole guest in the emulated guest mode takes one to three
 /// minutes: that is left to `cargo xtask lab`.
