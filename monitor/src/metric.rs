@@ -257,7 +257,7 @@ metrics! {
     DiskOpenBytes: Disk, "qemu_open_bytes", Bytes, Counter, [Ebpf], Slow,
         "Bytes asked for by those reads.";
     DiskJobWrReq: Disk, "job_wr_req", Count, Counter, [Ebpf], Slow,
-        "Part of wr_req that went to images below the one on top (commit) or to what that one is copied to: block jobs write to them, a guest does not. Absent while the disk has one image, unless there were such writes before. What a job reads, and writes to the image on top (pull), is not told apart.";
+        "Part of wr_req that went to images below the one on top (commit) or to what that one is copied to: block jobs write to them, a guest does not. Absent while the disk has one image, unless there were such writes before, and where they are not seen. What a job reads, and writes to the image on top (pull), is not told apart.";
     DiskJobWrBytes: Disk, "job_wr_bytes", Bytes, Counter, [Ebpf], Slow,
         "Bytes of those writes, part of wr_bytes.";
     DiskDeviceRdReq: Disk, "device_rd_req", Count, Counter, [Ebpf], Slow,

@@ -47,6 +47,8 @@ struct Watched {
     writable: bool,
     /// Only block jobs write to it since it had so many writes.
     jobs_from: Option<Written>,
+    /// It is not the disk's yet but what that is copied to: what is not seen of it takes nothing from the disk's figures.
+    is_copy: bool,
 }
 
 /// Writes of an image: requests and bytes.
@@ -178,7 +180,9 @@ impl Disks {
             .iter()
             .filter_map(|image| {
                 let disk = self.disk_of(image, at)?;
-                Some((disk, image, plan(ebpf, image, at, &at.disks[disk])))
+                let plan = plan(ebpf, image, at, &at.disks[disk]);
+                let counts = plan.data.is_some() || !is_copy(image, &at.disks[disk], at);
+                counts.then_some((disk, image, plan))
             })
             .collect();
         self.keep(ebpf, &wanted, at.disks);
@@ -197,10 +201,12 @@ impl Disks {
                         slot,
                         writable: image.writable,
                         jobs_from: is_for_jobs(image, &at.disks[disk], at).then_some([0; 2]),
+                        is_copy: is_copy(image, &at.disks[disk], at),
                     });
                     self.total(target).blind = None;
                 }
                 Err(NotWatched::Off) => {}
+                Err(_) if is_copy(image, &at.disks[disk], at) => {}
                 Err(error) => {
                     let total = self.total(target);
                     let reason = format!("disk {target}, {}: {error}", image.path.display());
@@ -244,6 +250,7 @@ impl Disks {
             let Some((disk, image, _)) = wanted.iter().find(|(_, image, _)| image.id == watched.id) else {
                 continue;
             };
+            watched.is_copy = is_copy(image, &at.disks[*disk], at);
             if is_for_jobs(image, &at.disks[*disk], at) == watched.jobs_from.is_some() {
                 continue;
             }
@@ -368,11 +375,11 @@ impl Disks {
     /// `None` if the disk has no image that is watched, or one that cannot be: a part of its figures is none.
     fn seen(&self, target: &str) -> Option<Seen> {
         let total = self.totals.iter().find(|total| total.target == target)?;
-        let images = || self.images.iter().filter(|watched| watched.target == target);
-        (images().next().is_some() && total.blind.is_none()).then(|| Seen {
-            data: images().all(|image| image.slot.plan().data.is_some()),
-            flush: images().all(|image| !image.writable || image.slot.plan().flush.is_some()),
-            below: images().map(|image| image.slot.below()).find(Result::is_err).unwrap_or(Ok(())),
+        let own = || self.images.iter().filter(|watched| watched.target == target && !watched.is_copy);
+        (own().next().is_some() && total.blind.is_none()).then(|| Seen {
+            data: own().all(|image| image.slot.plan().data.is_some()),
+            flush: own().all(|image| !image.writable || image.slot.plan().flush.is_some()),
+            below: own().map(|image| image.slot.below()).find(Result::is_err).unwrap_or(Ok(())),
         })
     }
 }
@@ -401,8 +408,18 @@ fn plan(ebpf: &Ebpf, image: &OpenImage, at: Place<'_>, disk: &inventory::Disk) -
 
 /// Whether a guest does not write to an image: it lies below the one on top of its disk, or is what that one is copied to.
 fn is_for_jobs(image: &OpenImage, disk: &inventory::Disk, at: Place<'_>) -> bool {
-    let is = |path: &String| Path::new(path) == image.path || at.leads_to(Path::new(path), image);
-    disk.backing_chain.iter().chain(&disk.mirror).any(is) && !disk.source.as_ref().is_some_and(is)
+    is_one_of(image, disk.backing_chain.iter().chain(&disk.mirror), at)
+        && !is_one_of(image, disk.source.iter(), at)
+}
+
+/// Whether an image is what its disk is copied to, and none of the disk's own.
+fn is_copy(image: &OpenImage, disk: &inventory::Disk, at: Place<'_>) -> bool {
+    is_one_of(image, disk.mirror.iter(), at)
+        && !is_one_of(image, disk.source.iter().chain(&disk.backing_chain), at)
+}
+
+fn is_one_of<'a>(image: &OpenImage, mut paths: impl Iterator<Item = &'a String>, at: Place<'_>) -> bool {
+    paths.any(|path| Path::new(path) == image.path || at.leads_to(Path::new(path), image))
 }
 
 fn written(image: &Image) -> Written {
