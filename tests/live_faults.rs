@@ -22,7 +22,9 @@ use lab::{DiskSpec, Guest, GuestSpec, Lab, LabDirs, NicSpec, StartState};
 use left::{assert_nothing_left, bpf_objects, objects_held_by};
 use rustix::process::Signal;
 use serde_json::Value;
-use support::{Ended, Run, Stopped, has_window, is_change_of, is_emulated_host, is_sample_of, program, send};
+use support::{
+    Ended, Run, Stopped, has_window, is_change_of, is_emulated_host, is_sample_of, program, send, xorshift,
+};
 
 #[path = "support/left.rs"]
 mod left;
@@ -141,12 +143,6 @@ fn a_monitor_that_is_stopped_for_a_while_counts_what_it_missed() {
 /// From 0 to 1.
 fn fraction(random: u64) -> f64 {
     f64::from(u16::try_from(random >> 48).unwrap()) / 65_536.0
-}
-
-fn xorshift(mut x: u64) -> u64 {
-    x ^= x << 13;
-    x ^= x >> 7;
-    x ^ x << 17
 }
 
 /// Ends a run in the midst of its work, and sees that what it held in the kernel is gone.

@@ -27,7 +27,9 @@ use lab::{DiskSpec, Guest, GuestSpec, Lab, LabDirs, NicSpec, UdpSink, Which};
 use left::{assert_nothing_left, bpf_objects, objects_held_by};
 use rustix::process::Signal;
 use serde_json::Value;
-use support::{PATIENCE, Run, has_window, is_change_of, is_emulated_host, is_sample_of, program, send};
+use support::{
+    PATIENCE, Run, has_window, is_change_of, is_emulated_host, is_sample_of, program, send, xorshift,
+};
 
 #[path = "support/left.rs"]
 mod left;
@@ -221,10 +223,4 @@ impl KernelMessages {
             assert!(!complaint, "the kernel complains: {text}");
         }
     }
-}
-
-fn xorshift(mut x: u64) -> u64 {
-    x ^= x << 13;
-    x ^= x >> 7;
-    x ^ x << 17
 }

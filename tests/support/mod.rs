@@ -26,6 +26,13 @@ pub(crate) fn is_emulated_host() -> bool {
     std::env::var_os("KVM_MONITOR_HOST_UNDER_TEST").is_some()
 }
 
+/// The number after `x`, which is not 0, of a series that looks random.
+pub(crate) fn xorshift(mut x: u64) -> u64 {
+    x ^= x << 13;
+    x ^= x >> 7;
+    x ^ x << 17
+}
+
 /// A process that does not run until this is dropped.
 pub(crate) struct Stopped(u32);
 
