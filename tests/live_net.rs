@@ -373,8 +373,12 @@ fn a_device_that_is_watched_while_packets_flow_misses_none_and_counts_none_twice
         let (xmit, receive) = (traffic.xmit, traffic.receive);
         let counted = [xmit.packets, receive.packets, xmit.bytes, receive.bytes];
         println!("before {before:?}, after {after:?}, in the end {end:?}; counted {counted:?}");
+        // The device counts a packet for the guest when that takes it: one may have been sent before the device was watched, and
+        // have been taken afterwards.
+        let waiting = [1, 0, 300, 0];
         for (i, counted) in counted.into_iter().enumerate() {
-            assert!((end[i] - after[i]..=end[i] - before[i]).contains(&counted), "{i}: {counted}");
+            let least = end[i] - after[i] - waiting[i];
+            assert!((least..=end[i] - before[i]).contains(&counted), "{i}: {counted}");
         }
         assert_eq!(xmit.wire_packets, Some(xmit.packets), "nothing was to be segmented");
     });
