@@ -68,13 +68,13 @@ impl Drop for Run {
     }
 }
 
-/// A counter of `cpu` from a source.
 const SOURCES: [&str; 3] = ["ebpf", "procfs", "libvirt"];
 
 fn cpus() -> u64 {
     std::thread::available_parallelism().unwrap().get().try_into().unwrap()
 }
 
+/// A counter of `cpu` from a source.
 fn cpu(sample: &Value, metric: &str, source: &str) -> Option<u64> {
     sample["cpu"][metric][source].as_u64()
 }
