@@ -715,9 +715,16 @@ fn a_full_file_system_under_a_sparse_image_is_told_by_its_error_number() {
         assert!(lab.command("sh").args(["-c", &script]).status().unwrap().success());
         ["file".to_owned(), format!("{directory}/sparse.raw")]
     });
-    let disk = stage.wait_disk(&target, |disk| disk["errors"]["ENOSPC"].as_u64() >= Some(1));
-    println!("{disk}");
-    assert_eq!(disk["errs"]["ebpf"], disk["errors"]["ENOSPC"]);
+    // Before Linux 6.5, direct I/O on a file is seen where it reaches the device, which nobody asks then.
+    if kernel_name().starts_with("6.1.") {
+        stage.run.wait("what QEMU says of it", |r| {
+            r["kind"] == "io_error" && r["detail"].as_str().is_some_and(|detail| detail.contains("enospc"))
+        });
+    } else {
+        let disk = stage.wait_disk(&target, |disk| disk["errors"]["ENOSPC"].as_u64() >= Some(1));
+        println!("{disk}");
+        assert_eq!(disk["errs"]["ebpf"], disk["errors"]["ENOSPC"]);
+    }
     stage.guest.destroy().unwrap();
     stage.run.stop();
     let directory = stage.lab.scratch().join("small");

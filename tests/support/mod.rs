@@ -290,8 +290,11 @@ fn check_sample(told: &mut Told, sample: &Value) {
 }
 
 fn check_counters(told: &mut Told, place: &str, values: &Value) {
-    for (i, entity) in values.as_array().into_iter().flatten().enumerate() {
-        check_counters(told, &format!("{place}[{i}]"), entity);
+    for entity in values.as_array().into_iter().flatten() {
+        // Disks that come and go change the place of the others.
+        let name = ["vcpu", "target", "device", "alias", "mac"].map(|key| &entity[key]);
+        let name = name.into_iter().find(|name| !name.is_null()).expect("entities have names");
+        check_counters(told, &format!("{place}[{name}]"), entity);
     }
     for (metric, sources) in values.as_object().into_iter().flatten() {
         if !counters().contains(metric) {
