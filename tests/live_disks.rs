@@ -717,9 +717,7 @@ fn a_full_file_system_under_a_sparse_image_is_told_by_its_error_number() {
     });
     // Before Linux 6.5, direct I/O on a file is seen where it reaches the device, which nobody asks then.
     if kernel_name().starts_with("6.1.") {
-        stage.run.wait("what QEMU says of it", |r| {
-            r["kind"] == "io_error" && r["detail"].as_str().is_some_and(|detail| detail.contains("enospc"))
-        });
+        stage.run.wait_event("io_error", "enospc");
     } else {
         let disk = stage.wait_disk(&target, |disk| disk["errors"]["ENOSPC"].as_u64() >= Some(1));
         println!("{disk}");

@@ -237,7 +237,7 @@ pub(crate) fn has_window(record: &Value, source: &str) -> bool {
 struct Told {
     samples: u64,
     epoch: u64,
-    /// Of this epoch, by where they stand and by source.
+    /// Of this epoch, by what they belong to and by source.
     counters: BTreeMap<String, u64>,
 }
 
