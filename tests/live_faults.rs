@@ -18,13 +18,11 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use lab::{DiskSpec, Guest, GuestSpec, Lab, LabDirs, NicSpec, StartState};
+use lab::{DiskSpec, Guest, GuestSpec, Lab, LabDirs, NicSpec, StartState, is_emulated_host};
 use left::{assert_nothing_left, bpf_objects, objects_held_by};
 use rustix::process::Signal;
 use serde_json::Value;
-use support::{
-    Ended, Run, Stopped, has_window, is_change_of, is_emulated_host, is_sample_of, program, send, xorshift,
-};
+use support::{Ended, Run, Stopped, has_window, is_change_of, is_sample_of, program, send, xorshift};
 
 #[path = "support/left.rs"]
 mod left;

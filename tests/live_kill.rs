@@ -23,13 +23,11 @@ use std::{
     time::Duration,
 };
 
-use lab::{DiskSpec, Guest, GuestSpec, Lab, LabDirs, NicSpec, UdpSink, Which};
+use lab::{DiskSpec, Guest, GuestSpec, Lab, LabDirs, NicSpec, UdpSink, Which, is_emulated_host};
 use left::{assert_nothing_left, bpf_objects, objects_held_by};
 use rustix::process::Signal;
 use serde_json::Value;
-use support::{
-    PATIENCE, Run, has_window, is_change_of, is_emulated_host, is_sample_of, program, send, xorshift,
-};
+use support::{PATIENCE, Run, has_window, is_change_of, is_sample_of, program, send, xorshift};
 
 #[path = "support/left.rs"]
 mod left;

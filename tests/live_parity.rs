@@ -27,7 +27,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lab::{Guest, GuestSpec, Hog, Lab, LabDirs, Which};
+use lab::{Guest, GuestSpec, Hog, Lab, LabDirs, Which, is_emulated_host};
 use monitor::{
     inventory::QemuProcess,
     source::{
@@ -276,14 +276,16 @@ fn a_vcpu_agrees_with_schedstat_under_every_load() {
 }
 
 #[test]
-fn eight_vcpus_on_two_cpus_agree_with_schedstat() {
+fn many_vcpus_on_two_cpus_agree_with_schedstat() {
+    // Emulated CPUs that take turns do not bring eight of them to their first step.
+    let vcpus = if is_emulated_host() { 4 } else { 8 };
     let lab = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
-    let spec = GuestSpec { vcpus: 8, ..GuestSpec::new("parity8", "wait burn=all:3600s") };
+    let spec = GuestSpec { vcpus, ..GuestSpec::new("crowd", "wait burn=all:3600s") };
     let guest = boot_many_vcpus(&lab, &spec);
     guest.go_on(PATIENCE).ok(); // The step that follows does not end.
     let mut followed = Followed::new(&guest);
-    assert_eq!(followed.threads.len(), 8);
-    let phase = followed.compare("8 busy vCPUs on the host's CPUs");
+    assert_eq!(followed.threads.len(), vcpus as usize);
+    let phase = followed.compare(&format!("{vcpus} busy vCPUs on the host's CPUs"));
     assert!(phase.share[0] > 50.0, "they hardly ran: {phase:.1?}", phase = phase.share);
 }
 

@@ -21,14 +21,15 @@ use std::{
 use lab::tap::{NetSpace, RawTap, VnetHeader, frame, tcp_with_segments};
 use lab::vhost::{RING, VhostNet};
 use lab::{
-    DiskSpec, Guest, GuestSpec, Hog, Lab, LabDirs, NicBackend, NicSpec, UdpSink, Which, send_datagrams,
+    DiskSpec, Guest, GuestSpec, Hog, Lab, LabDirs, NicBackend, NicSpec, UdpSink, Which, is_emulated_host,
+    send_datagrams,
 };
 use monitor::{
     source::ebpf::{Ebpf, probes::ProbeGroup},
     units::NicKey,
 };
 use serde_json::Value;
-use support::{Run, is_change_of, is_emulated_host, is_sample_of, program};
+use support::{Run, is_change_of, is_sample_of, program};
 
 #[path = "support/mod.rs"]
 #[expect(dead_code, reason = "each test program uses a part of it")]

@@ -21,11 +21,6 @@ pub(crate) fn program() -> PathBuf {
     program.expect("KVM_MONITOR_BIN is not set: run the live tests with `cargo xtask test`").into()
 }
 
-/// Whether this is the VM of `cargo xtask lab`.
-pub(crate) fn is_emulated_host() -> bool {
-    std::env::var_os("KVM_MONITOR_HOST_UNDER_TEST").is_some()
-}
-
 /// The number after `x`, which is not 0, of a series that looks random.
 pub(crate) fn xorshift(mut x: u64) -> u64 {
     x ^= x << 13;

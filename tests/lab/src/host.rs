@@ -27,6 +27,12 @@ pub fn monotonic_ns() -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
+/// Whether this is the VM of `cargo xtask lab`, whose CPUs are emulated.
+#[must_use]
+pub fn is_emulated_host() -> bool {
+    std::env::var_os("KVM_MONITOR_HOST_UNDER_TEST").is_some()
+}
+
 /// Whether a process exists (as a zombie too).
 #[must_use]
 pub fn process_exists(pid: u32) -> bool {

@@ -36,7 +36,9 @@ use rustix::process::{Pid, Signal};
 pub use console::{Counters, GroundTruth, Moment, StepDone, StepTruth};
 pub use domain::{DiskSpec, GuestSpec, ImageFormat, NicBackend, NicSpec, StartState};
 pub use guest::{Guest, Which};
-pub use host::{Hog, ThreadTime, UdpSink, monotonic_ns, process_exists, send_datagrams, thread_time};
+pub use host::{
+    Hog, ThreadTime, UdpSink, is_emulated_host, monotonic_ns, process_exists, send_datagrams, thread_time,
+};
 
 use console::Console;
 use device::Device;
