@@ -70,8 +70,19 @@ fn asked(truth: &GroundTruth, target: &str) -> Counts {
     }
 }
 
+/// An interrupt that ends a read may come while a thread runs in whose context the host runs no programs (README, limits):
+/// then its end is not seen. That is no matter of what is tested here, unless it happens again.
 #[test]
 fn direct_io_on_raw_files_is_exactly_what_the_guest_asked_for() {
+    let unseen = check_direct_io_on_raw_files();
+    if unseen > 0 {
+        println!("the ends of {unseen} reads were not seen; once more");
+        assert_eq!(check_direct_io_on_raw_files(), 0, "ends that were not seen");
+    }
+}
+
+/// Returns how many reads were seen to begin, but not to end.
+fn check_direct_io_on_raw_files() -> u64 {
     let lab = Lab::start(&LabDirs::from_env().unwrap()).unwrap();
     let mut ebpf = Ebpf::open(ProbeGroup::ALL).unwrap();
     let disk = |target: &str, io, iothread| DiskSpec { io, iothread, ..DiskSpec::raw(target, 8 * MIB) };
@@ -103,6 +114,7 @@ fn direct_io_on_raw_files_is_exactly_what_the_guest_asked_for() {
     }
     guests.iter().for_each(|guest| guest.resume().unwrap());
     let truths: Vec<_> = guests.iter().map(|guest| guest.wait_end(PATIENCE).unwrap()).collect();
+    let mut all_unseen = 0;
     for (guest, disk, slot) in watched {
         let at = guests.iter().position(|g| g.name == guest.name).unwrap();
         let (asked, image) = (asked(&truths[at], &disk.target), ebpf.image(&slot).unwrap().image);
@@ -112,9 +124,15 @@ fn direct_io_on_raw_files_is_exactly_what_the_guest_asked_for() {
             "{} {} {:<8} guest {asked:?} host {counted:?} flushes {} opening {}",
             guest.name, disk.target, disk.io, flush.done, image.open_requests
         );
-        let firmware = (counted.reads - asked.reads, counted.read_bytes - asked.read_bytes);
-        assert!(firmware.0 <= 2 && firmware.1 <= 2 * 4096, "reads that nobody asked for: {firmware:?}");
+        let begun = image.begun[READ as usize] + image.unseen;
+        assert!((asked.reads..=asked.reads + 2).contains(&begun), "{begun} reads begun: {image:?}");
         assert_eq!((counted.writes, counted.written_bytes), (asked.writes, asked.written_bytes));
+        if begun > counted.reads {
+            all_unseen += begun - counted.reads;
+            continue;
+        }
+        let firmware = counted.read_bytes - asked.read_bytes;
+        assert!(firmware <= 2 * 4096, "bytes that nobody asked for: {firmware}");
         for o in [read, write, flush] {
             assert_eq!(o.failed, 0, "{o:?}");
             assert!(o.done == 0 || o.time_ns > 1000 * o.done, "{o:?}");
@@ -126,6 +144,7 @@ fn direct_io_on_raw_files_is_exactly_what_the_guest_asked_for() {
             assert_eq!(histogram.iter().map(|n| u64::from(*n)).sum::<u64>(), operation.done);
         }
     }
+    all_unseen
 }
 
 /// The program itself, with libvirt and without: what the stream says of a disk at the end.

@@ -326,7 +326,8 @@ fn for_disk(asked: Asked, found: Found) -> Counts {
 }
 
 /// The slot, plus 1, that counts a `bio` of a process, or of a kernel's thread, for the image whose data it moves: that of the
-/// device below it or, where nothing else sees its requests, of the image itself. 0 if there is none.
+/// device below it or, where nothing else sees its requests, of the image itself. 0 if there is none, or if it writes back for
+/// an image with direct I/O what somebody else left in the page cache, as the first flush after a copy of the file does.
 #[inline(never)]
 fn below_disk(bio: Address, device: u32, tgid: u32) -> u64 {
     if let Some(found) = filter().and_then(|filter| in_flight_above(filter, bio)) {
@@ -338,11 +339,12 @@ fn below_disk(bio: Address, device: u32, tgid: u32) -> u64 {
         Some(inode) => image_below(inode, device, tgid),
         None => None,
     };
-    let found = match cached {
-        None => inode_of_direct(bio).and_then(|inode| image_below(inode, device, tgid)),
-        found => found,
+    if let Some(found) = cached {
+        return if found.is_counted(BY_BIO) { 0 } else { offset(&found.image.below).into() };
+    }
+    let Some(found) = inode_of_direct(bio).and_then(|inode| image_below(inode, device, tgid)) else {
+        return 0;
     };
-    let Some(found) = found else { return 0 };
     if found.is_counted(BY_BIO) { u64::from(found.slot) + 1 } else { offset(&found.image.below).into() }
 }
 
