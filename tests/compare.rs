@@ -131,7 +131,7 @@ fn sample(seq: u64, figures: &[Figure], extra: &Value) -> Value {
 fn ends() -> [Value; 2] {
     [
         json!({"type": "health", "mono_ns": 1, "sources": {"ebpf": {"reads": 120, "errors": 0, "lost": 1}},
-            "programs": {"sched_switch": {"run_count": 1000, "run_ns": 90_000}}, "cpu_ns": 5_000_000,
+            "programs": {"sched_switch": {"run_count": 1000, "run_ns": 90_000}}, "misses": {"kfree_skb": 7}, "cpu_ns": 5_000_000,
             "rss_bytes": 9_000_000}),
         json!({"type": "summary", "reason": "SIGINT", "ticks": 120, "ticks_missed": 2, "records_dropped": 3,
             "wall_ns": 120 * SECOND, "cpu_ns": 5_000_000}),
@@ -446,10 +446,12 @@ fn the_same_stream_gives_the_same_report_in_every_format() {
         for own in ["ticks_missed", "2 missed"] {
             assert!(one.contains(own) || format == Format::Json || own == "ticks_missed", "{format:?}");
         }
+        assert!(one.contains("kfree_skb: 7 events missed") || format == Format::Json, "{format:?}");
     }
     let json: Value = serde_json::from_str(&render(&make(), Format::Json)).unwrap();
     assert_eq!(json["own"]["ticks"], json!([120, 2]));
     assert_eq!(json["own"]["records_dropped"], 3);
+    assert_eq!(json["own"]["misses"], json!({"kfree_skb": 7}));
 }
 
 #[test]

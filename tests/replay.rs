@@ -860,7 +860,7 @@ fn health() {
         lost: errors / 2,
         last_error: last_error.map(str::to_owned),
     };
-    let record = |rss_bytes, programs| {
+    let record = |rss_bytes, programs, misses: &[(&'static str, u64)]| {
         line(&Record::Health(Health {
             ts: wall(60),
             mono_ns: 160 * SECOND,
@@ -871,12 +871,14 @@ fn health() {
             ]
             .into(),
             programs,
+            misses: misses.iter().copied().collect(),
             cpu_ns: 48_000_000,
             rss_bytes,
         }))
     };
     let programs = [("sched_switch", ProgramHealth { run_count: 1_000_000, run_ns: 97_000_000 })].into();
-    golden("health.ndjson", &(record(Some(21 * MIB), programs) + &record(None, BTreeMap::new())));
+    let full = record(Some(21 * MIB), programs, &[("kfree_skb", 3)]);
+    golden("health.ndjson", &(full + &record(None, BTreeMap::new(), &[])));
 }
 
 #[test]

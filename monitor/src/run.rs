@@ -492,11 +492,13 @@ impl Runner {
         let (ts, mono_ns) = now();
         let sources = SourceKind::ALL.map(|s| (s.name(), self.tracker.count(s).clone().into()));
         let programs = self.tracker.ebpf().map(program_health).unwrap_or_default();
+        let misses = self.tracker.ebpf().map(Ebpf::misses).unwrap_or_default();
         let health = Health {
             ts,
             mono_ns,
             sources: sources.into(),
             programs,
+            misses: misses.into_iter().collect(),
             cpu_ns: own_cpu_ns(),
             rss_bytes: own_rss_bytes(),
         };

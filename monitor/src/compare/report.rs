@@ -448,6 +448,9 @@ pub struct OwnReport {
     pub rss_bytes: Option<u64>,
     /// Kernel programs: runs and time; only while the kernel counts.
     pub programs: Vec<ProgramReport>,
+    /// Events that a program missed, because they came while it was running on that CPU already.
+    #[serde(skip_serializing_if = "std::collections::BTreeMap::is_empty")]
+    pub misses: std::collections::BTreeMap<String, u64>,
     /// Reads by source.
     pub reads: Vec<ReadReport>,
     /// Ticks made, and left out.
@@ -824,6 +827,9 @@ fn own_report(of: &Comparison) -> OwnReport {
                 programs.entry(name).or_insert_with(|| ProgramReport { name: name.clone(), runs: 0, ns: 0 });
             sum.runs += program.run_count;
             sum.ns += program.run_ns;
+        }
+        for (name, misses) in &health.misses {
+            *report.misses.entry(name.clone()).or_default() += misses;
         }
         for (name, source) in &health.sources {
             let sum = reads.entry(name).or_insert_with(|| ReadReport {

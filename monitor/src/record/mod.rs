@@ -474,6 +474,10 @@ pub struct Health {
     pub sources: BTreeMap<&'static str, SourceHealth>,
     /// Kernel programs, by name; only while the kernel counts their runs (`kernel.bpf_stats_enabled`).
     pub programs: BTreeMap<&'static str, ProgramHealth>,
+    /// Events since the start that a kernel program was not run for, because they came in an interrupt while it was running on that
+    /// CPU already, by program; those that missed none are left out.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub misses: BTreeMap<&'static str, u64>,
     /// CPU time of this process since it started, nanoseconds.
     pub cpu_ns: u64,
     /// Its resident memory, bytes; absent if it cannot be read.

@@ -150,6 +150,12 @@ impl Ebpf {
 
     /// None exists.
     #[must_use]
+    pub fn misses(&self) -> Vec<(&'static str, u64)> {
+        match *self {}
+    }
+
+    /// None exists.
+    #[must_use]
     pub fn runs(&self) -> Vec<(&'static str, ProgramRuns)> {
         match *self {}
     }

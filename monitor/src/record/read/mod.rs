@@ -239,6 +239,9 @@ pub struct HealthLine {
     /// By kernel program.
     #[serde(default)]
     pub programs: std::collections::BTreeMap<String, ProgramLine>,
+    /// Events that a kernel program missed.
+    #[serde(default)]
+    pub misses: std::collections::BTreeMap<String, u64>,
     /// CPU time of the monitor, nanoseconds.
     #[serde(default)]
     pub cpu_ns: u64,

@@ -356,6 +356,9 @@ pub(super) fn own(own: &OwnReport) -> Vec<String> {
                 .to_owned(),
         );
     }
+    lines.extend(own.misses.iter().map(|(program, n)| {
+        format!("  {program}: {} events missed, in an interrupt that came while it was running.", number(*n))
+    }));
     for read in &own.reads {
         let [p50, p99] = read.window_ns;
         lines.push(format!(

@@ -22,7 +22,7 @@ mod traffic;
 use std::{
     collections::BTreeMap,
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::Path,
     time::{Duration, Instant},
 };
@@ -244,6 +244,14 @@ impl Ebpf {
     pub fn runs(&self) -> Vec<(&'static str, ProgramRuns)> {
         let runs = |name: &'static str| Some((name, runs(&self.object, name)?));
         PROBES.iter().filter_map(|probe| runs(probe.program)).collect()
+    }
+
+    /// Events so far that a program was not run for, because they came (in an interrupt) while it was running on that CPU already;
+    /// programs that missed none are left out.
+    #[must_use]
+    pub fn misses(&self) -> Vec<(&'static str, u64)> {
+        let misses = |name: &'static str| Some((name, misses(&self.object, name)?)).filter(|(_, n)| *n > 0);
+        PROBES.iter().filter_map(|probe| misses(probe.program)).collect()
     }
 
     /// Begins to follow a thread. Call [`Ebpf::seed`] after the last of a batch.
@@ -708,6 +716,16 @@ fn runs(object: &Object, name: &str) -> Option<ProgramRuns> {
     (runs.count > 0).then_some(runs)
 }
 
+/// What `/proc/self/fdinfo` says of a loaded program (kernel/bpf/syscall.c: `bpf_prog_show_fdinfo()`); `None` if it is not loaded.
+fn misses(object: &Object, name: &str) -> Option<u64> {
+    let fd = object.program(name)?.fd().ok()?.as_fd().as_raw_fd();
+    misses_in(&std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?)
+}
+
+fn misses_in(fdinfo: &str) -> Option<u64> {
+    fdinfo.lines().find_map(|line| line.strip_prefix("recursion_misses:"))?.trim().parse().ok()
+}
+
 fn attach(object: &mut Object, probe: &Probe, btf: &Btf) -> Result<(), String> {
     let program = object.program_mut(probe.program).ok_or("not in the object")?;
     let error = |e: ProgramError| program_error(&e);
@@ -827,4 +845,17 @@ fn program_error(error: &ProgramError) -> String {
         return format!("this kernel has no tracepoint {tracepoint}");
     }
     one_line(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::misses_in;
+
+    #[test]
+    fn events_that_a_program_missed_are_in_its_fdinfo() {
+        let fdinfo =
+            "flags:\t02000002\nprog_type:\t26\nrun_cnt:\t51\nrecursion_misses:\t7\nverified_insns:\t12\n";
+        assert_eq!(misses_in(fdinfo), Some(7));
+        assert_eq!(misses_in("flags:\t02000002\nrun_cnt:\t51\n"), None, "before Linux 5.12");
+    }
 }
