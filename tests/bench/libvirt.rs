@@ -157,12 +157,18 @@ impl Stage {
         let mut quick = row("ours: probes and /proc, at 10 ms");
         let mut often = row("ours: probes and /proc, at 100 ms");
         let args = ["--ebpf", "require", "--libvirt", "off", "--interval"];
+        let mut awake = row("the same, CPUs that never halt");
         if size <= 10 {
-            self.run_ours(&mut quick, &[&args[..], &["10ms"]].concat(), size);
+            let args = [&args[..], &["10ms"]].concat();
+            for _ in 0..ROUNDS {
+                self.run_ours(&mut quick, &args, size);
+                let _awake = Awake::start();
+                self.run_ours(&mut awake, &args, size);
+            }
         }
         self.run_ours(&mut often, &[&args[..], &["100ms"]].concat(), size);
         let rows = peers.into_iter().map(|(row, _)| row).chain(ours.into_iter().map(|(row, _)| row));
-        rows.chain([often, quick]).filter(|row| !row.rounds.is_empty()).collect()
+        rows.chain([often, quick, awake]).filter(|row| !row.rounds.is_empty()).collect()
     }
 
     fn cost(&self, client: u32, collections: u64, collect: impl FnMut()) -> Cost {
@@ -213,6 +219,31 @@ impl Stage {
         kill_process(Pid::from_child(&child), Signal::INT).unwrap();
         child.wait().unwrap();
         reader.join().unwrap();
+    }
+}
+
+/// Keeps all CPUs from halting, with processes that give way to any other. Where CPUs are virtual, one that halts is taken away, and
+/// when it comes back its caches are somebody else's: what wakes up a hundred times a second pays for that each time.
+struct Awake(Vec<Child>);
+
+impl Awake {
+    fn start() -> Self {
+        let cpus = std::thread::available_parallelism().unwrap().get();
+        let process = |cpu: usize| {
+            let (cpu, endless) = (cpu.to_string(), "while :; do :; done");
+            let words = ["-c", &cpu, "chrt", "--idle", "0", "sh", "-c", endless];
+            Command::new("taskset").args(words).stdin(Stdio::null()).spawn().unwrap()
+        };
+        Self((0..cpus).map(process).collect())
+    }
+}
+
+impl Drop for Awake {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
