@@ -8,7 +8,8 @@
 //! Everything that runs here ends with this process: the kernel kills QEMU and the file servers when their parent dies.
 
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -29,6 +30,8 @@ const OUT: &str = "out";
 const BOOT: Duration = Duration::from_secs(90);
 /// How long the end of a machine may take after its last command.
 const POWER_OFF: Duration = Duration::from_secs(30);
+/// A kernel that has nothing to do is woken by its timers every few seconds. One that was not for so long never will be.
+const STANDS: Duration = Duration::from_secs(15);
 /// Between two looks at what the VM wrote.
 const LOOK: Duration = Duration::from_millis(50);
 /// Where file servers are that are in no `PATH`: QEMU's own up to 7.x, the one that follows it.
@@ -122,6 +125,7 @@ impl Vm {
         }
         let (boot, begin) = (begin.elapsed(), Instant::now());
         let mut output = Lines::of(self.out.join("output"));
+        let mut watch = Watch::new(place.socket("monitor"));
         let mut written: Option<Instant> = None;
         let end = loop {
             let ended = machine.has_ended()?.is_some(); // Before the last look at its output.
@@ -135,6 +139,9 @@ impl Vm {
                 break End::Died;
             } else if begin.elapsed() > self.limit {
                 break End::TimedOut;
+            }
+            if watch.stands(&machine) {
+                line(&format!("lab: the machine stood still for {STANDS:?}; {}", watch.wake()));
             }
             interrupt::check()?;
             std::thread::sleep(LOOK);
@@ -271,6 +278,16 @@ impl Machine {
         Ok(())
     }
 
+    /// CPU time of QEMU's threads, nanoseconds; `None` once it has ended.
+    fn cpu_ns(&self) -> Option<u64> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.processes.last()?.id())).ok()?;
+        let of_task = |task: fs::DirEntry| {
+            let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+            text.split_ascii_whitespace().next()?.parse::<u64>().ok()
+        };
+        Some(tasks.flatten().filter_map(of_task).sum())
+    }
+
     fn has_ended(&mut self) -> Result<Option<ExitStatus>> {
         let Some(qemu) = self.processes.last_mut() else { bail!("QEMU was not started") };
         qemu.try_wait().context("cannot wait for QEMU")
@@ -283,6 +300,72 @@ impl Drop for Machine {
             let _ = process.kill(); // Fails only if it has ended.
             let _ = process.wait();
         }
+    }
+}
+
+/// Sees a machine whose CPU sleeps on though an interrupt is pending, for which QEMU 7.2 failed to wake it: it was seen with the
+/// timer's bit set in the interrupt request register, interrupts enabled, and the thread of the CPU in a futex.
+struct Watch {
+    monitor: PathBuf,
+    cpu_ns: u64,
+    looked: Instant,
+    since: Instant,
+}
+
+impl Watch {
+    const LOOK: Duration = Duration::from_secs(1);
+    /// The prompt of QEMU's monitor.
+    const PROMPT: &[u8] = b"(qemu) ";
+
+    fn new(monitor: PathBuf) -> Self {
+        let now = Instant::now();
+        Self { monitor, cpu_ns: 0, looked: now, since: now }
+    }
+
+    /// Whether QEMU has used no CPU time for [`STANDS`]; then it is looked at anew from now.
+    fn stands(&mut self, machine: &Machine) -> bool {
+        if self.looked.elapsed() < Self::LOOK {
+            return false;
+        }
+        self.looked = Instant::now();
+        let cpu_ns = machine.cpu_ns().unwrap_or(0);
+        let stands = cpu_ns == self.cpu_ns && self.since.elapsed() >= STANDS;
+        if stands || cpu_ns != self.cpu_ns {
+            (self.cpu_ns, self.since) = (cpu_ns, Instant::now());
+        }
+        stands
+    }
+
+    /// Wakes its CPU, unless somebody halted it. Says what came of it.
+    fn wake(&self) -> String {
+        let wake = || -> std::io::Result<&'static str> {
+            let mut monitor = UnixStream::connect(&self.monitor)?;
+            monitor.set_read_timeout(Some(Duration::from_secs(3)))?;
+            Self::answer(&mut monitor)?;
+            let mut ask = |command: &str| {
+                writeln!(monitor, "{command}")?;
+                Self::answer(&mut monitor)
+            };
+            if !ask("info status")?.contains("running") {
+                return Ok("somebody halted it");
+            }
+            ask("stop")?;
+            ask("cont")?;
+            Ok("its CPU was woken")
+        };
+        wake().map_or_else(|error| format!("its monitor does not answer: {error}"), str::to_owned)
+    }
+
+    /// All that comes until the prompt.
+    fn answer(monitor: &mut UnixStream) -> std::io::Result<String> {
+        let (mut answer, mut part) = (Vec::new(), [0; 4096]);
+        while !answer.ends_with(Self::PROMPT) {
+            match monitor.read(&mut part)? {
+                0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                n => answer.extend_from_slice(&part[..n]),
+            }
+        }
+        Ok(String::from_utf8_lossy(&answer).into_owned())
     }
 }
 
@@ -370,5 +453,63 @@ impl Lines {
             line(String::from_utf8_lossy(&whole).trim_end());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// A monitor that says of the machine that it is in this state: what it was asked, and what came of it.
+    fn woken(state: &str) -> (Vec<String>, String) {
+        let path = std::env::temp_dir().join(format!("kvm-monitor-watch-{}-{state}", std::process::id()));
+        let listener = UnixListener::bind(&path).unwrap();
+        let state = state.to_owned();
+        let monitor = std::thread::spawn(move || {
+            let mut stream = listener.accept().unwrap().0;
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            write!(stream, "QEMU 7.2 monitor\r\n(qemu) ").unwrap();
+            let asked = lines.map_while(Result::ok).inspect(|line| {
+                let status =
+                    if line == "info status" { format!("VM status: {state}\r\n") } else { String::new() };
+                write!(stream, "{line}\r\n{status}(qemu) ").unwrap();
+            });
+            asked.collect()
+        });
+        let said = Watch::new(path.clone()).wake();
+        fs::remove_file(path).unwrap();
+        (monitor.join().unwrap(), said)
+    }
+
+    #[test]
+    fn a_machine_that_stands_is_woken_unless_somebody_halted_it() {
+        let running = woken("running");
+        assert_eq!(
+            running,
+            (["info status", "stop", "cont"].map(str::to_owned).to_vec(), "its CPU was woken".to_owned())
+        );
+        let halted = woken("paused");
+        assert_eq!(halted, (vec!["info status".to_owned()], "somebody halted it".to_owned()));
+    }
+
+    #[test]
+    fn a_process_that_uses_no_cpu_time_stands() {
+        let mut machine = Machine { processes: Vec::new() };
+        machine.spawn(Command::new("sleep").arg("60")).unwrap();
+        let mut watch = Watch::new(PathBuf::new());
+        let long_ago = || Instant::now().checked_sub(STANDS).unwrap();
+        watch.looked = long_ago();
+        watch.stands(&machine);
+        assert!(watch.cpu_ns > 0, "a process that was started has used some");
+        std::thread::sleep(Duration::from_millis(200)); // Until it sleeps.
+        (watch.cpu_ns, watch.looked) = (machine.cpu_ns().unwrap(), long_ago());
+        assert!(!watch.stands(&machine), "not for long");
+        (watch.looked, watch.since) = (long_ago(), long_ago());
+        assert!(watch.stands(&machine));
+        (watch.looked, watch.since, watch.cpu_ns) = (long_ago(), long_ago(), 1);
+        assert!(!watch.stands(&machine), "it has used some since");
     }
 }
