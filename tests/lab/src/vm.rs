@@ -141,7 +141,11 @@ impl Vm {
                 break End::TimedOut;
             }
             if watch.stands(&machine) {
-                line(&format!("lab: the machine stood still for {STANDS:?}; {}", watch.wake()));
+                let outcome = watch.wake();
+                // Halted once, it may be so for long.
+                if outcome != Watch::HALTED || !std::mem::replace(&mut watch.halted, true) {
+                    line(&format!("lab: the machine stood still for {STANDS:?}; {outcome}"));
+                }
             }
             interrupt::check()?;
             std::thread::sleep(LOOK);
@@ -310,16 +314,19 @@ struct Watch {
     cpu_ns: u64,
     looked: Instant,
     since: Instant,
+    /// Whether it was said that somebody halted it.
+    halted: bool,
 }
 
 impl Watch {
+    const HALTED: &str = "somebody halted it";
     const LOOK: Duration = Duration::from_secs(1);
     /// The prompt of QEMU's monitor.
     const PROMPT: &[u8] = b"(qemu) ";
 
     fn new(monitor: PathBuf) -> Self {
         let now = Instant::now();
-        Self { monitor, cpu_ns: 0, looked: now, since: now }
+        Self { monitor, cpu_ns: 0, looked: now, since: now, halted: false }
     }
 
     /// Whether QEMU has used no CPU time for [`STANDS`]; then it is looked at anew from now.
@@ -347,7 +354,7 @@ impl Watch {
                 Self::answer(&mut monitor)
             };
             if !ask("info status")?.contains("running") {
-                return Ok("somebody halted it");
+                return Ok(Self::HALTED);
             }
             ask("stop")?;
             ask("cont")?;
@@ -492,7 +499,7 @@ mod tests {
             (["info status", "stop", "cont"].map(str::to_owned).to_vec(), "its CPU was woken".to_owned())
         );
         let halted = woken("paused");
-        assert_eq!(halted, (vec!["info status".to_owned()], "somebody halted it".to_owned()));
+        assert_eq!(halted, (vec!["info status".to_owned()], Watch::HALTED.to_owned()));
     }
 
     #[test]
