@@ -27,7 +27,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lab::{Lab, LabDirs};
+use lab::{Hog, Lab, LabDirs, cpu_ns};
 use rustix::process::{Pid, Signal, kill_process};
 
 const PEER: &str = include_str!("libvirt_peer.py");
@@ -157,12 +157,16 @@ impl Stage {
         let mut quick = row("ours: probes and /proc, at 10 ms");
         let mut often = row("ours: probes and /proc, at 100 ms");
         let args = ["--ebpf", "require", "--libvirt", "off", "--interval"];
+        // Where CPUs are virtual, one that halts is taken away, and when it comes back its caches are somebody else's: what wakes
+        // up a hundred times a second pays for that each time.
         let mut awake = row("the same, CPUs that never halt");
+        let cpus = std::thread::available_parallelism().unwrap().get();
         if size <= 10 {
             let args = [&args[..], &["10ms"]].concat();
             for _ in 0..ROUNDS {
                 self.run_ours(&mut quick, &args, size);
-                let _awake = Awake::start();
+                let _awake: Vec<Hog> =
+                    (0..cpus).map(|cpu| Hog::giving_way(&self.lab, cpu).unwrap()).collect();
                 self.run_ours(&mut awake, &args, size);
             }
         }
@@ -219,31 +223,6 @@ impl Stage {
         kill_process(Pid::from_child(&child), Signal::INT).unwrap();
         child.wait().unwrap();
         reader.join().unwrap();
-    }
-}
-
-/// Keeps all CPUs from halting, with processes that give way to any other. Where CPUs are virtual, one that halts is taken away, and
-/// when it comes back its caches are somebody else's: what wakes up a hundred times a second pays for that each time.
-struct Awake(Vec<Child>);
-
-impl Awake {
-    fn start() -> Self {
-        let cpus = std::thread::available_parallelism().unwrap().get();
-        let process = |cpu: usize| {
-            let (cpu, endless) = (cpu.to_string(), "while :; do :; done");
-            let words = ["-c", &cpu, "chrt", "--idle", "0", "sh", "-c", endless];
-            Command::new("taskset").args(words).stdin(Stdio::null()).spawn().unwrap()
-        };
-        Self((0..cpus).map(process).collect())
-    }
-}
-
-impl Drop for Awake {
-    fn drop(&mut self) {
-        for child in &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
     }
 }
 
@@ -456,16 +435,6 @@ fn node_xml(domains: usize) -> String {
 }
 
 // ---- what the kernel says of processes
-
-/// CPU time of the threads that there are, nanoseconds.
-fn cpu_ns(pid: u32) -> u64 {
-    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
-    let time = |thread: std::io::Result<std::fs::DirEntry>| {
-        let text = std::fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
-        text.split_whitespace().next()?.parse::<u64>().ok()
-    };
-    threads.filter_map(time).sum()
-}
 
 fn rss_kib(pid: u32) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;

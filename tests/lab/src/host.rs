@@ -4,7 +4,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -58,6 +58,15 @@ pub fn thread_time(pid: u32, tid: u32) -> Result<ThreadTime> {
     parse_schedstat(&text).with_context(|| format!("{path}: cannot read {text:?}"))
 }
 
+/// CPU time of all threads that a process has now, nanoseconds; 0 once it has ended.
+#[must_use]
+pub fn cpu_ns(pid: u32) -> u64 {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let time =
+        |thread: fs::DirEntry| parse_schedstat(&fs::read_to_string(thread.path().join("schedstat")).ok()?);
+    threads.filter_map(time).map(|time| time.run_ns).sum()
+}
+
 fn parse_schedstat(text: &str) -> Option<ThreadTime> {
     let mut numbers = text.split_whitespace().map(str::parse);
     let (run_ns, wait_ns) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
@@ -71,7 +80,17 @@ pub struct Hog(Child);
 impl Hog {
     /// Starts one on a host CPU.
     pub fn start(lab: &Lab, cpu: usize) -> Result<Self> {
-        let mut command = lab.command("sh");
+        Self::spawn(lab.command("sh"), cpu)
+    }
+
+    /// Starts one that gives way to any other (`SCHED_IDLE`): all it does is that the CPU never halts.
+    pub fn giving_way(lab: &Lab, cpu: usize) -> Result<Self> {
+        let mut command = lab.command("chrt");
+        command.args(["--idle", "0", "sh"]);
+        Self::spawn(command, cpu)
+    }
+
+    fn spawn(mut command: Command, cpu: usize) -> Result<Self> {
         command.args(["-c", "while :; do :; done"]).stdin(Stdio::null());
         let mut cpus = CpuSet::new();
         cpus.set(cpu);

@@ -37,7 +37,8 @@ pub use console::{Counters, GroundTruth, Moment, StepDone, StepTruth};
 pub use domain::{DiskSpec, GuestSpec, ImageFormat, NicBackend, NicSpec, StartState};
 pub use guest::{Guest, Which};
 pub use host::{
-    Hog, ThreadTime, UdpSink, is_emulated_host, monotonic_ns, process_exists, send_datagrams, thread_time,
+    Hog, ThreadTime, UdpSink, cpu_ns, is_emulated_host, monotonic_ns, process_exists, send_datagrams,
+    thread_time,
 };
 
 use console::Console;

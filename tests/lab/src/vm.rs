@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Signal;
 
-use crate::{find_program, initramfs, interrupt};
+use crate::{cpu_ns, find_program, initramfs, interrupt};
 
 const SET_UP: &str = include_str!("vm.sh");
 /// What the initramfs needs to reach the root file system; the rest is loaded from there.
@@ -282,14 +282,9 @@ impl Machine {
         Ok(())
     }
 
-    /// CPU time of QEMU's threads, nanoseconds; `None` once it has ended.
-    fn cpu_ns(&self) -> Option<u64> {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.processes.last()?.id())).ok()?;
-        let of_task = |task: fs::DirEntry| {
-            let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
-            text.split_ascii_whitespace().next()?.parse::<u64>().ok()
-        };
-        Some(tasks.flatten().filter_map(of_task).sum())
+    /// CPU time of QEMU's threads, nanoseconds.
+    fn cpu_ns(&self) -> u64 {
+        self.processes.last().map_or(0, |qemu| cpu_ns(qemu.id()))
     }
 
     fn has_ended(&mut self) -> Result<Option<ExitStatus>> {
@@ -335,7 +330,7 @@ impl Watch {
             return false;
         }
         self.looked = Instant::now();
-        let cpu_ns = machine.cpu_ns().unwrap_or(0);
+        let cpu_ns = machine.cpu_ns();
         let stands = cpu_ns == self.cpu_ns && self.since.elapsed() >= STANDS;
         if stands || cpu_ns != self.cpu_ns {
             (self.cpu_ns, self.since) = (cpu_ns, Instant::now());
@@ -512,7 +507,7 @@ mod tests {
         watch.stands(&machine);
         assert!(watch.cpu_ns > 0, "a process that was started has used some");
         std::thread::sleep(Duration::from_millis(200)); // Until it sleeps.
-        (watch.cpu_ns, watch.looked) = (machine.cpu_ns().unwrap(), long_ago());
+        (watch.cpu_ns, watch.looked) = (machine.cpu_ns(), long_ago());
         assert!(!watch.stands(&machine), "not for long");
         (watch.looked, watch.since) = (long_ago(), long_ago());
         assert!(watch.stands(&machine));
