@@ -303,7 +303,7 @@ metrics! {
     MemoryRss: Memory, "rss_bytes", Bytes, Gauge, [Procfs, Libvirt], Slow,
         "Resident memory of the QEMU process on the host. procfs: rss of /proc/PID/stat. libvirt: balloon.rss.";
     MemoryPss: Memory, "pss_bytes", Bytes, Gauge, [Procfs], Rare,
-        "Resident memory, what is shared with other processes counted by their number (KSM and shared libraries). procfs: /proc/PID/smaps_rollup, once a minute at most and less often where reading it takes long.";
+        "Resident memory, what is shared with other processes counted by their number (KSM and shared libraries). procfs: /proc/PID/smaps_rollup, every five minutes at most and less often where reading it takes long.";
     MemorySwap: Memory, "swap_bytes", Bytes, Gauge, [Procfs], Rare,
         "Memory of the QEMU process that the host has swapped out. procfs: VmSwap of /proc/PID/status.";
     MemoryHugetlb: Memory, "hugetlb_bytes", Bytes, Gauge, [Procfs], Rare,

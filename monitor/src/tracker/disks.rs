@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::Depth;
 use crate::{
     inventory::{self, Observable, QemuProcess},
     ledger::new_in_histogram,
@@ -161,21 +162,25 @@ impl Disks {
 
     /// Looks whether QEMU opened, closed or replaced an image, and follows. Returns what the reader of the stream has
     /// to be told.
-    pub(super) fn look(&mut self, ebpf: &mut Ebpf, at: Place<'_>) -> Result<Vec<String>, ProcfsError> {
+    pub(super) fn look(
+        &mut self,
+        ebpf: &mut Ebpf,
+        at: Place<'_>,
+        depth: Depth,
+    ) -> Result<Vec<String>, ProcfsError> {
         let now = MonotonicNs::now();
         let due = |signs: &ImageSigns| {
             !signs.are_complete() && self.looked.is_none_or(|at| now.since(at) >= FULL_LOOK_NS)
         };
         if let Some(signs) = &self.signs
-            && signs.are_as_before(at.files)
+            && signs.are_as_before(at.files, depth == Depth::Full)
             && !due(signs)
         {
             return Ok(Vec::new());
         }
         let open = open_images(at.root, at.process)?;
         self.looked = Some(now);
-        let images = open.iter().filter_map(|image| image.fds.first().copied());
-        self.signs = Some(ImageSigns::of(at.files, images));
+        self.signs = Some(ImageSigns::of(at.files, &open));
         let wanted: Vec<(usize, &OpenImage, Plan)> = open
             .iter()
             .filter_map(|image| {

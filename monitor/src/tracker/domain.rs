@@ -50,7 +50,7 @@ pub struct Tracked {
     pub(super) vhosts: Vec<Vhost>,
     /// Its vCPU threads as siblings.
     pub(super) group: Option<GroupSlot>,
-    classes: Classes,
+    pub(super) classes: Classes,
     classes_at: Option<MonotonicNs>,
     pub(super) threads: Vec<Thread>,
     /// Run time of vCPU threads that ended while the process lived, as last read, nanoseconds.
@@ -401,6 +401,7 @@ impl Tracked {
         root: &Path,
         buffer: &mut [u8],
         every_ns: u64,
+        changes_are_told: bool,
     ) -> Option<Result<(), ProcfsError>> {
         let process = self.domain.process?;
         let begin = MonotonicNs::now();
@@ -408,7 +409,8 @@ impl Tracked {
             return None;
         }
         self.classes_at = Some(begin);
-        let times = match self.classes.read(root, (process, self.vhosts.iter().map(|v| v.thread)), buffer) {
+        let processes = (process, self.vhosts.iter().map(|v| v.thread));
+        let times = match self.classes.read(root, processes, changes_are_told, buffer) {
             Ok(times) => times,
             Err(error) => return Some(Err(error)),
         };

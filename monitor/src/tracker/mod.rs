@@ -42,7 +42,7 @@ const YOUNG: Duration = Duration::from_secs(10);
 const SLOW_BESIDE_EBPF_NS: u64 = 10_000_000_000;
 const SLOW_NS: u64 = 1_000_000_000;
 /// Time between readings of the memory that a process shares, at least.
-const PSS_NS: u64 = 60_000_000_000;
+const PSS_NS: u64 = 300_000_000_000;
 /// After each a pause so many times as long as it took: all of them together take no larger share of a CPU.
 const PSS_SHARE: u64 = 500;
 
@@ -306,7 +306,7 @@ impl Tracker {
                 self.look_at_threads(i);
             }
             self.look_at_interfaces(i, depth);
-            self.look_at_disks(i);
+            self.look_at_disks(i, depth);
         }
         self.tables_stale = true; // A process that a table was read by may have ended.
         self.seed();
@@ -354,7 +354,7 @@ impl Tracker {
         }
         self.look_at_threads(i);
         self.look_at_interfaces(i, Depth::Full);
-        self.look_at_disks(i);
+        self.look_at_disks(i, Depth::Full);
         self.changed(i, "QEMU process found");
     }
 
@@ -395,7 +395,7 @@ impl Tracker {
             self.changed(i, "described by libvirt");
         }
         self.look_at_interfaces(i, Depth::Full);
-        self.look_at_disks(i);
+        self.look_at_disks(i, Depth::Full);
     }
 
     /// libvirt no longer lists a domain. If its QEMU is known, its end is what counts: libvirt may have lost track of
@@ -446,12 +446,12 @@ impl Tracker {
     }
 
     /// Looks for images of the disks that came or went, cheaply where nothing did.
-    fn look_at_disks(&mut self, i: usize) {
+    fn look_at_disks(&mut self, i: usize, depth: Depth) {
         let Some(ebpf) = &mut self.ebpf else { return };
         let tracked = &mut self.domains[i];
         let (Some(process), Some(files)) = (tracked.domain.process, &tracked.open) else { return };
         let place = disks::Place { root: &self.root, process, files, disks: &tracked.domain.disks };
-        match tracked.disks.look(ebpf, place) {
+        match tracked.disks.look(ebpf, place, depth) {
             Ok(notices) => {
                 for notice in notices {
                     self.notice_event(i, EventKind::LostEvents, &notice);
@@ -667,10 +667,11 @@ impl Tracker {
         }
         self.procfs_read = Some(now);
         let every_ns = if self.ebpf.is_some() { SLOW_BESIDE_EBPF_NS } else { SLOW_NS };
+        let changes_are_told = self.is_told();
         for tracked in &mut self.domains {
             let results = [
                 tracked.put_procfs(&mut self.buffer),
-                tracked.put_procfs_slow(&self.root, &mut self.buffer, every_ns),
+                tracked.put_procfs_slow(&self.root, &mut self.buffer, every_ns, changes_are_told),
             ];
             let count = &mut self.counts[SourceKind::Procfs as usize];
             for result in results.into_iter().flatten() {
@@ -733,6 +734,7 @@ impl Tracker {
             let is_meant =
                 |what: &Happened| matches!(what, Happened::Threads(tgid) if Some(*tgid) == process);
             if happened.iter().any(is_meant) {
+                self.domains[i].classes.changed();
                 self.look_at_threads(i);
             }
         }

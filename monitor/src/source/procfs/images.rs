@@ -161,25 +161,35 @@ fn mount_device(mounts: &str, mount: &str) -> Option<u32> {
 pub struct ImageSigns {
     /// How many descriptors are open (`st_size` of the directory, Linux 6.2; 0 before).
     descriptors: u64,
-    /// Where each image's first descriptor leads.
-    links: Vec<(u32, Option<PathBuf>)>,
+    /// Where each image's first descriptor leads, or that of another file.
+    links: Vec<Link>,
+}
+
+#[derive(Clone, Debug)]
+struct Link {
+    fd: u32,
+    target: Option<PathBuf>,
+    /// Open for reading: a log file and a file with a process id are not, and stay open as long as the process lives.
+    readable: bool,
 }
 
 impl ImageSigns {
     /// Takes them.
     #[must_use]
-    pub fn of(files: &OpenFiles, images: impl Iterator<Item = u32>) -> Self {
-        Self {
-            descriptors: files.count().unwrap_or(0),
-            links: images.map(|fd| (fd, files.target(fd))).collect(),
-        }
+    pub fn of(files: &OpenFiles, images: &[OpenImage]) -> Self {
+        let link = |image: &OpenImage| {
+            let fd = *image.fds.first()?;
+            Some(Link { fd, target: files.target(fd), readable: image.readable })
+        };
+        Self { descriptors: files.count().unwrap_or(0), links: images.iter().filter_map(link).collect() }
     }
 
-    /// Whether they are the same now.
+    /// Whether they are the same now: those that matter, or all.
     #[must_use]
-    pub fn are_as_before(&self, files: &OpenFiles) -> bool {
+    pub fn are_as_before(&self, files: &OpenFiles, all: bool) -> bool {
+        let same = |link: &Link| files.target(link.fd) == link.target;
         files.count().unwrap_or(0) == self.descriptors
-            && self.links.iter().all(|(fd, target)| files.target(*fd) == *target)
+            && self.links.iter().filter(|link| all || link.readable).all(same)
     }
 
     /// Whether the kernel counts descriptors; if not, a new image goes unnoticed.
@@ -198,7 +208,11 @@ pub fn file_system(root: &Path, process: QemuProcess, fd: u32) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::OpenOptionsExt as _;
+    use std::{
+        io::{Read as _, Write as _},
+        os::unix::fs::OpenOptionsExt as _,
+        process::{Command, Stdio},
+    };
 
     use super::*;
 
@@ -216,12 +230,38 @@ mod tests {
         assert_eq!((image.writable, image.readable, image.direct, image.fds.len()), (true, true, false, 2));
         assert!(matches!(image.id, ImageId::File { inode, .. } if inode == read.metadata().unwrap().ino()));
         let files = OpenFiles::open(Path::new("/proc"), process).unwrap();
-        let signs = ImageSigns::of(&files, image.fds.iter().copied());
+        let signs = ImageSigns::of(&files, std::slice::from_ref(&image));
         drop(write);
-        assert!(!signs.are_as_before(&files));
+        assert!(!signs.are_as_before(&files, false));
         fs::remove_file(&path).unwrap();
         let image = find().unwrap();
         assert!(image.deleted && !image.writable);
+    }
+
+    #[test]
+    fn a_file_that_is_only_written_is_a_sign_when_all_are_asked_for() {
+        let paths = ["a", "b"]
+            .map(|name| std::env::temp_dir().join(format!("kvm-monitor-signs-{}-{name}", std::process::id())));
+        let script = "exec 5>\"$1\"; echo; read go; exec 5>\"$2\"; echo; read go";
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", script, "sh"]).args(&paths).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut shell = shell.spawn().unwrap();
+        let process = QemuProcess { tgid: Tgid(shell.id()), start_time_ticks: 0 };
+        let (mut go, mut done) = (shell.stdin.take().unwrap(), shell.stdout.take().unwrap());
+        done.read_exact(&mut [0]).unwrap();
+        let images = open_images(Path::new("/proc"), process).unwrap();
+        let image = images.iter().find(|image| image.path == paths[0]).unwrap();
+        assert!(!image.readable && image.fds == [5], "{image:?}");
+        let files = OpenFiles::open(Path::new("/proc"), process).unwrap();
+        let signs = ImageSigns::of(&files, &images);
+        let ask = || [false, true].map(|all| signs.are_as_before(&files, all));
+        assert_eq!(ask(), [true, true]);
+        go.write_all(b"\n").unwrap();
+        done.read_exact(&mut [0]).unwrap();
+        assert_eq!(ask(), [true, false]);
+        drop(go);
+        shell.wait().unwrap();
+        paths.iter().for_each(|path| fs::remove_file(path).unwrap());
     }
 
     #[test]

@@ -407,25 +407,23 @@ pub fn switches(
     })
 }
 
-/// Name and CPU time of a thread; opens and closes its files.
+/// Name of a thread, 0 bytes after it; opens and closes its file.
 ///
 /// # Errors
-/// If the thread is gone, or a file is not as documented.
-pub fn named_time(
+/// If the thread is gone, or the file is not as documented.
+pub fn thread_name(
     root: &Path,
     process: QemuProcess,
-    tid: u32,
+    tid: Tid,
     buffer: &mut [u8],
-) -> Result<([u8; 16], Nanos), ProcfsError> {
-    let comm =
-        OpenFile::open(root.join(process.tgid.to_string()).join("task").join(tid.to_string()).join("comm"))?;
-    let comm = comm.parse(buffer, |text| {
+) -> Result<[u8; 16], ProcfsError> {
+    let dir = root.join(process.tgid.to_string()).join("task").join(tid.to_string());
+    OpenFile::open(dir.join("comm"))?.parse(buffer, |text| {
         let name = text.strip_suffix(b"\n").unwrap_or(text);
         let mut comm = [0; 16];
         comm.get_mut(..name.len())?.copy_from_slice(name);
         Some(comm)
-    })?;
-    Ok((comm, ThreadReader::open(root, process, Tid(tid))?.read(buffer)?.run))
+    })
 }
 
 /// The open file of a thread.
