@@ -253,7 +253,15 @@ impl Toolchain {
             "-Clink-arg=--btf".to_owned(),
         ];
         command.current_dir(paths::root()).arg(subcommand);
-        command.args(["--release", "--package", "monitor-ebpf", "--target", TARGET, "-Zbuild-std=core"]);
+        command.args([
+            "--profile",
+            "bpf",
+            "--package",
+            "monitor-ebpf",
+            "--target",
+            TARGET,
+            "-Zbuild-std=core",
+        ]);
         command.arg("--target-dir").arg(self.target_dir());
         // build-std on the pinned stable compiler.
         command.env("RUSTC_BOOTSTRAP", "1");
@@ -274,7 +282,7 @@ impl Toolchain {
 fn build_by(route: Route) -> Result<PathBuf, Broken> {
     let toolchain = prepare(route).map_err(Broken::Route)?;
     process::run_tailed(toolchain.cargo("build").args(["--bin", "probes"])).map_err(judge)?;
-    let built = toolchain.target_dir().join(TARGET).join("release/probes");
+    let built = toolchain.target_dir().join(TARGET).join("bpf/probes");
     publish(&built, &paths::target().join("bpf/probes.o")).map_err(Broken::Route)
 }
 

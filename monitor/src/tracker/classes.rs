@@ -28,21 +28,19 @@ pub(super) struct Classes {
 }
 
 impl Classes {
-    /// Threads came, went or have another name.
+    /// Threads came, went or have another name, or may: nobody would tell.
     pub(super) fn changed(&mut self) {
         self.names_hold = 0;
     }
 
-    /// Looks at every thread of the process, and at kernel threads that work for it. Unless changes are told of
-    /// ([`Classes::changed`]) all names are read each time.
+    /// Looks at every thread of the process, and at kernel threads that work for it.
     pub(super) fn read(
         &mut self,
         root: &Path,
         (process, others): (QemuProcess, impl Iterator<Item = QemuProcess>),
-        changes_are_told: bool,
         buffer: &mut [u8],
     ) -> Result<ClassTimes, ProcfsError> {
-        let by_known_names = changes_are_told && self.names_hold > 0;
+        let by_known_names = self.names_hold > 0;
         self.names_hold = if by_known_names { self.names_hold - 1 } else { LOOKS_BY_KNOWN_NAMES - 1 };
         let mut class_and_time = |process, tid| {
             let class = match self.seen.get(&tid) {
@@ -89,24 +87,21 @@ mod tests {
         let is_called = |name: &str| std::fs::write(thread.join("comm"), name).unwrap();
         let process = QemuProcess { tgid: Tgid(7), start_time_ticks: 0 };
         let mut classes = Classes::default();
-        let mut worker_ns = |classes: &mut Classes, told| {
-            let times = classes.read(&root, (process, std::iter::empty()), told, &mut [0; 64]).unwrap();
-            let worker = class_of(b"worker\0\0\0\0\0\0\0\0\0\0");
+        let worker = class_of(b"worker\0\0\0\0\0\0\0\0\0\0");
+        let worker_ns = |classes: &mut Classes| {
+            let times = classes.read(&root, (process, std::iter::empty()), &mut [0; 64]).unwrap();
             assert_eq!(times.iter().sum::<u64>(), 5);
             times[worker]
         };
         is_called("qemu-system-x86");
-        assert_eq!(worker_ns(&mut classes, true), 0);
+        assert_eq!(worker_ns(&mut classes), 0);
         is_called("worker");
-        assert_eq!(worker_ns(&mut classes, true), 0, "nobody told");
-        assert_eq!(worker_ns(&mut classes, false), 5, "nobody would tell");
-        is_called("qemu-system-x86");
-        assert_eq!(worker_ns(&mut classes, true), 5);
+        assert_eq!(worker_ns(&mut classes), 0, "nobody told");
         classes.changed();
-        assert_eq!(worker_ns(&mut classes, true), 0);
-        is_called("worker");
-        let looks = (0..LOOKS_BY_KNOWN_NAMES).map(|_| worker_ns(&mut classes, true)).collect::<Vec<_>>();
-        assert_eq!(looks, [0, 0, 0, 0, 0, 5]);
+        assert_eq!(worker_ns(&mut classes), 5);
+        is_called("qemu-system-x86");
+        let looks = (0..LOOKS_BY_KNOWN_NAMES).map(|_| worker_ns(&mut classes)).collect::<Vec<_>>();
+        assert_eq!(looks, [5, 5, 5, 5, 5, 0]);
         std::fs::remove_dir_all(root).unwrap();
     }
 }

@@ -401,7 +401,6 @@ impl Tracked {
         root: &Path,
         buffer: &mut [u8],
         every_ns: u64,
-        changes_are_told: bool,
     ) -> Option<Result<(), ProcfsError>> {
         let process = self.domain.process?;
         let begin = MonotonicNs::now();
@@ -410,7 +409,7 @@ impl Tracked {
         }
         self.classes_at = Some(begin);
         let processes = (process, self.vhosts.iter().map(|v| v.thread));
-        let times = match self.classes.read(root, processes, changes_are_told, buffer) {
+        let times = match self.classes.read(root, processes, buffer) {
             Ok(times) => times,
             Err(error) => return Some(Err(error)),
         };

@@ -669,9 +669,12 @@ impl Tracker {
         let every_ns = if self.ebpf.is_some() { SLOW_BESIDE_EBPF_NS } else { SLOW_NS };
         let changes_are_told = self.is_told();
         for tracked in &mut self.domains {
+            if !changes_are_told {
+                tracked.classes.changed();
+            }
             let results = [
                 tracked.put_procfs(&mut self.buffer),
-                tracked.put_procfs_slow(&self.root, &mut self.buffer, every_ns, changes_are_told),
+                tracked.put_procfs_slow(&self.root, &mut self.buffer, every_ns),
             ];
             let count = &mut self.counts[SourceKind::Procfs as usize];
             for result in results.into_iter().flatten() {

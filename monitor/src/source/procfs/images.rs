@@ -240,8 +240,9 @@ mod tests {
 
     #[test]
     fn a_file_that_is_only_written_is_a_sign_when_all_are_asked_for() {
-        let paths = ["a", "b"]
-            .map(|name| std::env::temp_dir().join(format!("kvm-monitor-signs-{}-{name}", std::process::id())));
+        let paths = ["a", "b"].map(|name| {
+            std::env::temp_dir().join(format!("kvm-monitor-signs-{}-{name}", std::process::id()))
+        });
         let script = "exec 5>\"$1\"; echo; read go; exec 5>\"$2\"; echo; read go";
         let mut shell = Command::new("/bin/sh");
         shell.args(["-c", script, "sh"]).args(&paths).stdin(Stdio::piped()).stdout(Stdio::piped());
