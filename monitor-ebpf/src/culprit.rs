@@ -130,9 +130,10 @@ pub(crate) unsafe fn charge(thread: &mut Thread, prev: Address, (queued, now): (
     let recent = &mut thread.recent[usize::from(get(&thread.table) & 1)];
     // SAFETY: by the caller.
     let is_whole = who.0 == KIND_IDLE || unsafe { left_out(prev, now.saturating_sub(arrived)) } == 0;
-    if is_whole && (recent.kind, recent.id) == who {
-        let ns = recent.ns.wrapping_add(ns);
-        set(&mut recent.ns, ns);
+    let sum = ns.wrapping_add(recent.ns.into());
+    if is_whole && recent.who == Recent::who(who.0, who.1) && sum >> 32 == 0 {
+        #[expect(clippy::cast_possible_truncation, reason = "checked")]
+        set(&mut recent.ns, sum as u32);
     } else {
         // SAFETY: by the caller.
         unsafe { charge_another(thread, prev, now, ns) };
@@ -179,16 +180,17 @@ unsafe fn charge_another(thread: &mut Thread, prev: Address, now: u64, ns: u64) 
     // SAFETY: by the caller.
     let stint = &unsafe { stint(prev, now) };
     let before = thread.recent[which];
-    if before.kind != 0
+    if before.who != 0
         && let Some(culprit) = charges.culprits.get_mut(usize::from(get(&thread.likely[which])))
     {
-        culprit.ns += before.ns;
+        culprit.ns += u64::from(before.ns);
     }
     let (kind, id) = who(stint.tid, stint.tgid, stint.flags);
     add(thread, charges, stint, ns);
     let found = get(&thread.found);
     set(&mut thread.likely[which], found);
-    set(&mut thread.recent[which], Recent { id, kind: if found < NO_PLACE { kind } else { 0 }, ns: 0 });
+    let who = if found < NO_PLACE { Recent::who(kind, id) } else { 0 };
+    set(&mut thread.recent[which], Recent { who, ns: 0 });
 }
 
 /// Charges a wait of which only the end of the run after it was seen.

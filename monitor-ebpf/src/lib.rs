@@ -64,8 +64,8 @@ pub const ARMED: u8 = 2;
 /// What is marked so is written by user space; the rest by the programs: by `seed_threads` when the thread is first
 /// followed, then by `sched_switch` on the CPU that the thread leaves. Counts begin when it is followed. What lies between its
 /// last leave and now, a run included, is known from the scheduler's own figures: nothing of it is here.
-/// What each switch needs is in the first 64 bytes, one cache line; what it leaves to be sorted later, in the next; what else a
-/// reader needs, in the last.
+/// What each switch needs is in the first 64 bytes, one cache line; what it leaves to be sorted later, in the next; what few
+/// switches need, or only a reader, in the last.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thread {
@@ -109,13 +109,13 @@ pub struct Thread {
     pub charged: u8,
     /// For each of its two tables: place of the culprit in `recent`.
     pub likely: [u8; 2],
+    /// For each of its two tables: who was charged last, and will be again.
+    pub recent: [Recent; 2],
     /// Runs that ended and the waits before them, for the histograms; see [`Logged`].
     pub log: [Logged; LOG],
     /// While its state is [`STATE_THROTTLED`]: how long its `cfs_rq` had been throttled altogether when it began,
     /// nanoseconds.
     pub throttled_before_ns: u64,
-    /// For each of its two tables: who was charged last, and will be again.
-    pub recent: [Recent; 2],
     /// Switches to on another CPU than the last.
     pub migrations: u32,
     /// Those of them that led to another NUMA node.
@@ -131,39 +131,55 @@ pub struct Thread {
 
 /// Runs of a thread that are remembered before they are put into its histograms all at once. The histograms of a host's
 /// threads are in no cache and on a page each: to visit them costs several times what the rest of a switch does.
-pub const LOG: usize = 7;
+pub const LOG: usize = 18;
 
-/// A run that ended, and the wait before it. Longer ones than four seconds are not remembered but counted at once.
-#[repr(C)]
+/// Where a run that ended, and the wait before it, belong in the histograms.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Logged {
-    /// Length of the run, nanoseconds.
-    pub run_ns: u32,
-    /// Length of the wait, nanoseconds; 0 if there was none.
-    pub wait_ns: u32,
+    /// [`bucket`] of the run.
+    pub run: u16,
+    /// [`bucket`] of the wait; [`NO_WAIT`] if there was none.
+    pub wait: u16,
 }
+
+/// No bucket.
+pub const NO_WAIT: u16 = u16::MAX;
 
 impl Logged {
     /// Nothing.
-    pub const ZERO: Self = Self { run_ns: 0, wait_ns: 0 };
+    pub const ZERO: Self = Self { run: 0, wait: NO_WAIT };
+
+    /// Of a run, and of the wait before it unless that is 0; both nanoseconds.
+    #[inline(always)]
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "buckets are fewer")]
+    pub const fn new(run: u64, wait: u64) -> Self {
+        Self { run: bucket(run) as u16, wait: if wait == 0 { NO_WAIT } else { bucket(wait) as u16 } }
+    }
 }
 
 /// A culprit that is charged again and again, and what it was not charged yet: where the thread's other figures are,
 /// because the table is on another page.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recent {
-    /// As in [`Culprit`].
-    pub id: u32,
-    /// As in [`Culprit`]; 0 = nobody.
-    pub kind: u32,
-    /// To be added to [`Culprit::ns`], nanoseconds.
-    pub ns: u64,
+    /// See [`Recent::who`]; 0 = nobody.
+    pub who: u32,
+    /// To be added to [`Culprit::ns`], nanoseconds; what would be more than fits is added at once.
+    pub ns: u32,
 }
 
 impl Recent {
     /// Nobody.
-    pub const ZERO: Self = Self { id: 0, kind: 0, ns: 0 };
+    pub const ZERO: Self = Self { who: 0, ns: 0 };
+
+    /// Kind and id of a culprit in one number: ids are below 2²² (`PID_MAX_LIMIT` of include/linux/threads.h).
+    #[inline(always)]
+    #[must_use]
+    pub const fn who(kind: u32, id: u32) -> u32 {
+        kind << 22 | id
+    }
 }
 
 impl Thread {
@@ -188,9 +204,9 @@ impl Thread {
         counts_as: STATE_UNKNOWN,
         charged: 0,
         likely: [0; 2],
+        recent: [Recent::ZERO; 2],
         log: [Logged::ZERO; LOG],
         throttled_before_ns: 0,
-        recent: [Recent::ZERO; 2],
         migrations: 0,
         node_migrations: 0,
         throttled_ns: 0,
@@ -378,19 +394,17 @@ impl Histograms {
     /// Nothing counted.
     pub const ZERO: Self = Self { wait: [0; BUCKETS], run: [0; BUCKETS], stagger: [0; 8] };
 
-    /// Counts a run, and the wait before it unless there was none; both nanoseconds.
+    /// Counts a run, and the wait before it if there was one.
     #[inline(always)]
-    pub fn count(&mut self, run: u64, wait: u64) {
-        count(&mut self.run, run);
-        if wait != 0 {
-            count(&mut self.wait, wait);
-        }
+    pub fn count(&mut self, logged: Logged) {
+        count(&mut self.run, logged.run);
+        count(&mut self.wait, logged.wait);
     }
 }
 
 #[inline(always)]
-fn count(histogram: &mut Histogram, ns: u64) {
-    if let Some(count) = histogram.get_mut(bucket(ns) as usize) {
+fn count(histogram: &mut Histogram, bucket: u16) {
+    if let Some(count) = histogram.get_mut(usize::from(bucket)) {
         *count = count.wrapping_add(1);
     }
 }
@@ -706,8 +720,7 @@ impl Layout {
     };
 }
 
-const _: () = assert!(size_of::<Thread>() == 192 && core::mem::offset_of!(Thread, log) == 64);
-const _: () = assert!(core::mem::offset_of!(Thread, recent) == 128);
+const _: () = assert!(size_of::<Thread>() == 192 && core::mem::offset_of!(Thread, recent) == 64);
 const _: () = assert!(size_of::<Reading>() == 104);
 const _: () = assert!(size_of::<Clock>() == 40);
 const _: () = assert!(size_of::<Charges>() == 528 && size_of::<ChargeTables>() == 1088);
@@ -744,6 +757,27 @@ mod tests {
             expected = high;
         }
         assert_eq!(bucket(u64::MAX), LAST_BUCKET);
+    }
+
+    #[test]
+    fn what_is_logged_is_counted_in_its_buckets() {
+        let mut counted = Histograms::ZERO;
+        for (run, wait) in [(0, 0), (70, 1), (5_000_000_000, 70), (u64::MAX, u64::MAX)] {
+            counted.count(Logged::new(run, wait));
+        }
+        let mut expected = Histograms::ZERO;
+        [0, 70, 5_000_000_000, u64::MAX].iter().for_each(|run| expected.run[bucket(*run) as usize] += 1);
+        [1, 70, u64::MAX].iter().for_each(|wait| expected.wait[bucket(*wait) as usize] += 1);
+        assert_eq!(counted, expected);
+    }
+
+    #[test]
+    fn kind_and_id_are_one_number_for_each_culprit() {
+        const LARGEST: u32 = (1 << 22) - 1;
+        let kinds = [KIND_PROCESS, KIND_KERNEL, KIND_IDLE, KIND_IRQ];
+        let all = kinds.map(|kind| [0, 1, LARGEST].map(|id| Recent::who(kind, id)));
+        assert!(all.as_flattened().is_sorted_by(|a, b| a < b), "{all:?}");
+        assert!(all[0][0] > Recent::ZERO.who);
     }
 
     #[test]

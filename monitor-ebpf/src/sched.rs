@@ -236,14 +236,14 @@ fn leave(thread: &mut Thread, task: Address, (now, cpu): (u64, u32), state: u8) 
 #[inline(always)]
 fn distribute(thread: &mut Thread, run: u64, wait: u64) {
     let place = usize::from(thread.logged);
+    let one = Logged::new(run, wait);
     let next = match thread.log.get_mut(place) {
-        Some(logged) if (run | wait) >> 32 == 0 => {
-            #[expect(clippy::cast_possible_truncation, reason = "checked")]
-            set(logged, Logged { run_ns: run as u32, wait_ns: wait as u32 });
+        Some(logged) => {
+            set(logged, one);
             place + 1
         }
-        _ => {
-            count(thread, run, wait);
+        None => {
+            count(thread, one);
             0
         }
     };
@@ -254,13 +254,13 @@ fn distribute(thread: &mut Thread, run: u64, wait: u64) {
     }
 }
 
-/// Counts all that was noted, and one more run with its wait.
+/// Counts all that was noted, and one more run with its wait: there is no more room.
 #[inline(never)]
-fn count(thread: &mut Thread, run: u64, wait: u64) {
+fn count(thread: &mut Thread, one: Logged) {
     let Some(histograms) = histograms(thread) else { return };
-    histograms.count(run, wait);
-    for logged in thread.log.iter().take(thread.logged.into()) {
-        histograms.count(logged.run_ns.into(), logged.wait_ns.into());
+    histograms.count(one);
+    for logged in &thread.log {
+        histograms.count(*logged);
     }
 }
 

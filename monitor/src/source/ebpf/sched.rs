@@ -273,7 +273,7 @@ impl Sched {
                 return None;
             }
             for logged in thread.log.iter().take(thread.logged.into()) {
-                histograms.count(logged.run_ns.into(), logged.wait_ns.into());
+                histograms.count(*logged);
             }
             Some(histograms)
         })
@@ -308,10 +308,10 @@ impl Sched {
             }
         }
         let (mut charges, recent, likely) = last;
-        if recent.kind != 0
+        if recent.who != 0
             && let Some(culprit) = charges.culprits.get_mut(usize::from(likely))
         {
-            culprit.ns += recent.ns;
+            culprit.ns += u64::from(recent.ns);
         }
         Some(charges)
     }
