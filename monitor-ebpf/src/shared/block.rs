@@ -252,7 +252,7 @@ pub struct Flight {
     pub no_wait: u8,
     /// [`Image::histograms`] of its image.
     pub histograms: u32,
-    /// Nothing.
+    /// Nothing; written to before the others.
     pub reserved: u32,
 }
 
