@@ -36,8 +36,10 @@ const ROUNDS: usize = 3;
 const COLLECTIONS: u64 = 2;
 /// Before each of them, since ours come as often: what was not needed for so long is in no cache.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How long one of our runs is measured in a round.
-const WINDOW: Duration = Duration::from_secs(4);
+/// How long one of our runs is measured in a round: as long as it is between looks at everything, one of which is in it.
+const WINDOW: Duration = Duration::from_secs(10);
+/// Processes that began so lately are looked at more closely.
+const YOUNG: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(60);
 /// At least, until the next process is asked what it shares.
 const SHARED: Duration = Duration::from_millis(700);
@@ -126,6 +128,7 @@ impl Stage {
             self.qemus.push(std::fs::read_to_string(file).unwrap().trim().parse().unwrap());
         }
         eprintln!("{size} domains are there after {:.0} s", begin.elapsed().as_secs_f64());
+        std::thread::sleep(YOUNG);
     }
 
     fn measure(&self, size: usize) -> Vec<Row> {
@@ -221,7 +224,7 @@ impl Stage {
             assert!(Instant::now() < deadline, "no samples of {size} domains");
             std::thread::sleep(Duration::from_millis(20));
         }
-        // What each process shares is read once a minute, at first of one after the other.
+        // What each process shares is read every five minutes, at first of one after the other.
         std::thread::sleep(Duration::from_secs(1).max(SHARED * u32::try_from(size.min(10)).unwrap()));
         let before = samples.load(Ordering::Relaxed);
         let mut cost = self.cost(child.id(), 1, || std::thread::sleep(WINDOW));

@@ -161,7 +161,7 @@ fn mount_device(mounts: &str, mount: &str) -> Option<u32> {
 pub struct ImageSigns {
     /// How many descriptors are open (`st_size` of the directory, Linux 6.2; 0 before).
     descriptors: u64,
-    /// Where each image's first descriptor leads, or that of another file.
+    /// Where the first descriptor of each file and block device leads.
     links: Vec<Link>,
 }
 
@@ -184,7 +184,7 @@ impl ImageSigns {
         Self { descriptors: files.count().unwrap_or(0), links: images.iter().filter_map(link).collect() }
     }
 
-    /// Whether they are the same now: those that matter, or all.
+    /// Whether they are the same now: all of them, or those of files that are read.
     #[must_use]
     pub fn are_as_before(&self, files: &OpenFiles, all: bool) -> bool {
         let same = |link: &Link| files.target(link.fd) == link.target;
