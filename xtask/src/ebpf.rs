@@ -253,15 +253,8 @@ impl Toolchain {
             "-Clink-arg=--btf".to_owned(),
         ];
         command.current_dir(paths::root()).arg(subcommand);
-        command.args([
-            "--profile",
-            "bpf",
-            "--package",
-            "monitor-ebpf",
-            "--target",
-            TARGET,
-            "-Zbuild-std=core",
-        ]);
+        command.args(["--profile", "bpf", "--package", "monitor-ebpf"]);
+        command.args(["--target", TARGET, "-Zbuild-std=core"]);
         command.arg("--target-dir").arg(self.target_dir());
         // build-std on the pinned stable compiler.
         command.env("RUSTC_BOOTSTRAP", "1");
